@@ -1,0 +1,392 @@
+"""The command line. Heavy imports happen inside the commands, so that --help and mistakes answer at once."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hyperllama import __version__
+from hyperllama.errors import HyperLlamaError
+
+app = typer.Typer(
+    name="hyperllama", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Train, grow, merge, evaluate and count Llama models.",
+)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
+data_app = typer.Typer(no_args_is_help=True, help="Turn text into token shards, look into them, write sample text.")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command("train")
+def train_command(recipe: Path, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Run or resume the training run of a YAML recipe; torchrun starts it on several processes."""
+    from hyperllama.config import load_run
+
+    config = load_run(recipe, overrides)
+    if dry_run:
+        from hyperllama.train.plan import make_plan
+
+        _print(make_plan(config).describe(), as_json)
+        return
+    from hyperllama.train.loop import train
+
+    record = train(config, quiet=quiet)
+    if os.environ.get("RANK", "0") == "0":
+        _print(record if as_json else {key: record[key] for key in ("name", "ledger", "loss", "seconds")}, as_json)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="txt, jsonl, jsonl.gz, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="File to write, for example tokenizer.model.")],
+    vocab: Annotated[int, typer.Option(help="Tokens, the 256 bytes and control tokens included.")],
+    seed: Annotated[int, typer.Option(help="Seed of the sampling of large files.")] = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a sentencepiece tokenizer with byte fallback; every file weighs the same."""
+    from hyperllama.data.tokenizer import train_tokenizer
+
+    if dry_run:
+        _print({"reads": [str(path) for path in _existing(texts)], "writes": str(out), "vocab_size": vocab}, False)
+        return
+    with _bar("tokenizer") as progress:
+        tokenizer = train_tokenizer(texts, out, vocab, seed=seed, progress=progress)
+    print(f"{out}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.fingerprint[:16]}")
+
+
+@data_app.command("build")
+def data_build(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="txt, jsonl, jsonl.gz, or folders of them.")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.model, tokenizer.json, or a folder with one.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    language: Annotated[str | None, typer.Option(help="Tag of documents that have none.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Tokenize text into shards with a document index, checksums and token counts by language."""
+    from hyperllama.data.shards import build_shards
+    from hyperllama.data.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(tokenizer)
+    if dry_run:
+        reads = [str(path) for path in _existing(texts)]
+        _print({"reads": [*reads, str(tokenizer)], "writes": str(out), "vocab_size": loaded.vocab_size}, as_json)
+        return
+    with _bar("tokenize") as progress:
+        manifest = build_shards(texts, loaded, out, language=language, progress=progress)
+    _print({key: manifest[key] for key in ("tokens", "documents", "bytes", "languages", "dtype")}, as_json)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    folder: Path,
+    tokenizer: Annotated[Path | None, typer.Option(help="Show sample texts with this tokenizer.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a shard folder and show its counts, document lengths and samples."""
+    from hyperllama.data.shards import inspect
+    from hyperllama.data.tokenizer import Tokenizer
+
+    _print(inspect(folder, Tokenizer.load(tokenizer) if tokenizer else None), as_json)
+
+
+@data_app.command("sample")
+def data_sample(
+    out: Annotated[Path, typer.Option(help="Folder to write: text/<language>/ and minimal_pairs/.")],
+    n_bytes: Annotated[int, typer.Option("--bytes", help="Bytes of training text per language.")] = 1_000_000,
+    dev_bytes: Annotated[int, typer.Option(help="Bytes of development text per language.")] = 50_000,
+    pairs: Annotated[int, typer.Option(help="Minimal pairs per language.")] = 200,
+    seed: int = 0,
+) -> None:
+    """Write the built-in sample corpus in six languages: text to try the software on, not to draw conclusions from."""
+    from hyperllama.data.sample import LANGUAGES, write_corpus
+
+    write_corpus(out, LANGUAGES, n_bytes, seed=seed, dev_bytes=dev_bytes, pairs=pairs)
+    print(f"{out}: {len(LANGUAGES)} languages")
+
+
+@app.command("flops")
+def flops_command(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER|RECIPE", help="Model folder or training recipe.")],
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window; default: the recipe's, or the model's longest.")] = None,
+    with_: Annotated[str | None, typer.Option("--with", metavar="grow:N", help="Also the clone by N and what both share.")] = None,
+    budget: Annotated[int | None, typer.Option(help="FLOPs: suggest a shape when the shared quantum is over 5 % of it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count parameters and training FLOPs per window, as exact integers."""
+    from hyperllama.flops import growth_quantum, window_flops
+
+    model, default = _shape(source)
+    length = seq_len or default
+    if length < 1:
+        raise HyperLlamaError(f"--seq-len is {length}; at least 1 token was expected")
+    result: dict[str, Any] = {
+        "parameters": model.num_parameters,
+        "seq_len": length,
+        "dense_flops_per_window": window_flops(model, length, "dense"),
+        "causal_flops_per_window": window_flops(model, length, "causal"),
+    }
+    if with_ is not None:
+        kind, _, number = with_.partition(":")
+        if kind != "grow" or not number.isdigit() or int(number) < 2:
+            raise HyperLlamaError(f"--with {with_}: write grow:N with an integer N of at least 2, for example grow:2")
+        grown = model.grown(int(number))
+        result["grown"] = {
+            "parameters": grown.num_parameters,
+            "dense_flops_per_window": window_flops(grown, length, "dense"),
+            "causal_flops_per_window": window_flops(grown, length, "causal"),
+        }
+        result["shared_quantum"] = growth_quantum(model, length, int(number), budget)
+    _print(result, as_json)
+
+
+@app.command("grow")
+def grow_command(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Hugging Face Llama folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    factor: Annotated[int, typer.Option(help="Integer by which every width grows.")] = 2,
+    noise_db: Annotated[float | None, typer.Option(help="Signal-to-noise ratio of the paired noise; default: none.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Grow a model wider by HyperCloning and verify that it still computes the same function."""
+    from hyperllama.grow.hyperclone import grow_folder, plan_growth
+
+    if dry_run:
+        _print(plan_growth(source, factor, noise_db, seed) | {"writes": str(out)}, as_json)
+        return
+    with _bar("grow", disable=quiet) as progress:
+        result = grow_folder(source, out, factor, noise_db=noise_db, seed=seed, progress=progress)
+    verified = result["verified"]
+    if as_json:
+        _print(result, True)
+    else:
+        before, after = result["parameters"]["before"], result["parameters"]["after"]
+        print(f"{out}: {before:,} -> {after:,} parameters")
+        print(f"largest logit difference on {verified['tokens']} random tokens, in fp32: {verified['max_logit_difference']:.3g} "
+              f"(largest logit {verified['max_logit']:.3g}): function {'preserved' if verified['preserved'] else 'NOT preserved'}")
+
+
+@app.command("merge")
+def merge_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="mergekit YAML; paths relative to the working folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge models by a mergekit recipe."""
+    from hyperllama.merge.executor import run
+    from hyperllama.merge.planner import plan
+    from hyperllama.merge.recipe import load_recipe
+
+    planned = plan(load_recipe(recipe), Path.cwd())
+    if dry_run:
+        _print(planned.describe() | {"writes": str(out)}, as_json)
+        return
+    with _bar("merge", disable=quiet) as progress:
+        summary = run(planned, out, progress=progress)
+    _print(summary, as_json)
+
+
+@app.command("eval")
+def eval_command(
+    folder: Path,
+    text: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Text to measure bits per byte on.")] = None,
+    pairs: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Minimal pairs, JSONL with good and bad.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Window in tokens; default: the model's longest.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model folder: bits per byte and perplexity of text, accuracy on minimal pairs."""
+    from hyperllama.evaluate import evaluate_folder
+
+    if not text and not pairs:
+        raise HyperLlamaError("nothing to evaluate: give --text FILE... or --pairs FILE...")
+    with _bar("eval", disable=quiet) as progress:
+        result = evaluate_folder(folder, text or [], pairs or [], seq_len=seq_len, progress=progress)
+    _print(result, as_json)
+
+
+@app.command("generate")
+def generate_command(
+    folder: Path,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt with a model folder."""
+    from hyperllama.evaluate import generate, load_folder
+
+    model, tokenizer = load_folder(folder)
+    print(generate(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
+
+
+@app.command("experiment")
+def experiment_command(recipe: Path, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+    """Run or resume a whole study: scales x languages x merges at equal FLOPs, and its report."""
+    from hyperllama.experiment.recipe import load_experiment
+    from hyperllama.experiment.run import describe, run_experiment
+
+    settings = load_experiment(recipe, overrides)
+    if dry_run:
+        _print(describe(settings), as_json)
+        return
+    results = run_experiment(settings)
+    if as_json:
+        _print(results, True)
+
+
+@app.command("runs")
+def runs_command(folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...")], as_json: Json = False) -> None:
+    """Compare finished runs: shape, exact FLOPs, tokens, loss, speed."""
+    from hyperllama.train.runs import summaries
+
+    rows = summaries(folders)
+    if as_json:
+        _print(rows, True)
+    else:
+        _table(rows)
+
+
+def _shape(source: Path) -> tuple[Any, int]:
+    """(model shape, default window) of a model folder or a training recipe."""
+    if source.is_dir():
+        from hyperllama.files import read_json
+        from hyperllama.hub import model_config
+
+        config = model_config(read_json(source / "config.json"), source)
+        return config, config.max_position_embeddings
+    from hyperllama.config import load_run
+
+    run = load_run(source)
+    if run.init_from is not None:
+        return _shape(Path(run.init_from))[0], run.data.seq_len
+    assert run.model is not None  # a recipe has a model or init_from
+    vocab = run.model.vocab_size
+    if vocab is None or Path(run.tokenizer).exists():
+        from hyperllama.data.tokenizer import Tokenizer
+
+        vocab = Tokenizer.load(run.tokenizer).vocab_size
+    return run.model.resolve(vocab, run.data.seq_len), run.data.seq_len
+
+
+def _existing(paths: list[Path]) -> list[Path]:
+    for path in paths:
+        if not path.exists():
+            raise HyperLlamaError(f"{path} does not exist")
+    return paths
+
+
+class _bar:
+    """A progress bar on standard error as a context manager that yields `progress(done, total)`."""
+
+    def __init__(self, what: str, *, disable: bool = False):
+        from rich.console import Console
+
+        from hyperllama.train.metrics import progress_bar
+
+        self.what, self.bar = what, progress_bar(Console(stderr=True), disable=disable)
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        task = self.bar.add_task(self.what, total=None, figures="")
+        return lambda done, total: self.bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def _print(value: Any, as_json: bool) -> None:
+    """JSON for machines, indented keys and values for people; integers with separators."""
+    if as_json:
+        print(json.dumps(value, indent=1, ensure_ascii=False))
+    else:
+        _tree(value, 0)
+
+
+def _tree(value: Any, depth: int) -> None:
+    items = value.items() if isinstance(value, dict) else ((f"[{i}]", item) for i, item in enumerate(value))
+    for key, item in items:
+        if isinstance(item, dict) or (isinstance(item, list) and any(isinstance(i, dict | list) for i in item)):
+            print(f"{'  ' * depth}{key}:")
+            _tree(item, depth + 1)
+        else:
+            text = f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) else item
+            print(f"{'  ' * depth}{key}: {', '.join(map(str, item)) if isinstance(item, list) else text}")
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if name in ("run", "name") else "right")
+    for row in rows:
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+                        for cell in row.values()))
+    Console().print(table)
+
+
+def spread_lists(arguments: list[str], options: tuple[str, ...] = ("--text", "--pairs")) -> list[str]:
+    """`--text a b` as `--text a --text b`: options of `eval` take several files."""
+    spread: list[str] = []
+    option = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in options else None
+            if option is None:
+                spread.append(argument)
+        elif option is not None:
+            spread += [option, argument]
+        else:
+            spread.append(argument)
+    return spread
+
+
+def main() -> None:
+    """Entry point: the user's mistakes are one sentence and exit code 2, Ctrl-C is 130, SIGTERM 143."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["eval"]:
+        arguments = spread_lists(arguments)
+    try:
+        code = app(arguments, standalone_mode=False)
+    except HyperLlamaError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    except (Exception, KeyboardInterrupt) as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the command line library
+            error.show()
+            sys.exit(error.exit_code)
+        stop = error.__cause__ if type(error).__name__ == "Abort" else error  # the library wraps KeyboardInterrupt
+        if not isinstance(stop, KeyboardInterrupt):
+            raise
+        number, sentence = stop.args if len(stop.args) == 2 else (2, "interrupted; nothing half-written was left")
+        _fail(sentence, 128 + number)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str, code: int) -> None:
+    print(f"hyperllama: {sentence}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,365 @@
+"""Every setting of a run, with its default and unit: one YAML file, `a.b=c` overrides, nothing unknown, nothing contradictory."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hyperllama.errors import HyperLlamaError
+
+VOCAB_MULTIPLE = 128  # embedding rows are padded to this, so that shapes share small FLOP quanta and GEMMs stay aligned
+FFN_MULTIPLE = 64
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Settings):
+    """The shape of a Llama. Names follow the field; `names.py` and `hub.py` translate to Hugging Face."""
+
+    vocab_size: int = Field(gt=0, description="embedding rows, padding included")
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    rope_theta: float = Field(10000.0, gt=0)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    tie_embeddings: bool = True
+    lm_head_normalization_factor: float = Field(1.0, gt=0, description="logits are divided by it (grown tied models)")
+    max_position_embeddings: int = Field(2048, gt=0, description="tokens")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    unpadded_vocab_size: int | None = Field(None, gt=0, description="real tokens; logits of later rows are masked")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
+        if self.unpadded_vocab_size is not None and self.unpadded_vocab_size > self.vocab_size:
+            raise ValueError(f"unpadded_vocab_size ({self.unpadded_vocab_size}) exceeds vocab_size ({self.vocab_size})")
+        return self
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights in the model; a tied table counts once."""
+        from hyperllama.names import logical_tensors
+
+        return sum(tensor.size for tensor in logical_tensors(self))
+
+    def grown(self, factor: int) -> "ModelConfig":
+        """The shape after HyperCloning by `factor`: widths and heads times factor, head_dim kept.
+
+        A tied head's factor is multiplied along (its input grew, its shared table can't be divided).
+        """
+        head = self.lm_head_normalization_factor * (factor if self.tie_embeddings else 1)
+        return self.model_copy(update={
+            "hidden_size": self.hidden_size * factor,
+            "intermediate_size": self.intermediate_size * factor,
+            "num_heads": self.num_heads * factor,
+            "num_kv_heads": self.num_kv_heads * factor,
+            "lm_head_normalization_factor": head,
+        })
+
+
+class ModelSettings(Settings):
+    """The model of a recipe: sizes are given, heads' width and padding derived when left out."""
+
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int | None = Field(None, gt=0, description="default: 8/3 hidden, rounded up to 64")
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int | None = Field(None, gt=0, description="default: num_heads")
+    head_dim: int | None = Field(None, gt=0, description="default: hidden_size / num_heads")
+    vocab_size: int | None = Field(None, gt=0, description="default: the tokenizer's, padded up to 128")
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    rope_theta: float = Field(10000.0, gt=0)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    tie_embeddings: bool = True
+    initializer_range: float = Field(0.02, gt=0)
+
+    def resolve(self, tokenizer_vocab: int, seq_len: int) -> ModelConfig:
+        """The full shape for a tokenizer of `tokenizer_vocab` entries and windows of `seq_len` tokens."""
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise HyperLlamaError(
+                f"model.hidden_size ({self.hidden_size}) is not a multiple of model.num_heads ({self.num_heads}): "
+                "set model.head_dim"
+            )
+        rows = self.vocab_size or _round_up(tokenizer_vocab, VOCAB_MULTIPLE)
+        if rows < tokenizer_vocab:
+            raise HyperLlamaError(
+                f"model.vocab_size is {rows}, but the tokenizer has {tokenizer_vocab} tokens: leave the key out or raise it"
+            )
+        values = self.model_dump()
+        values.update(
+            vocab_size=rows,
+            unpadded_vocab_size=tokenizer_vocab if rows != tokenizer_vocab else None,
+            intermediate_size=self.intermediate_size or _round_up(self.hidden_size * 8 // 3, FFN_MULTIPLE),
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_heads,
+            max_position_embeddings=seq_len,
+        )
+        return validated(ModelConfig, values, "the model section")
+
+
+class SourceSettings(Settings):
+    """One folder of token shards in the mixture."""
+
+    path: str = Field(description="folder written by `hyperllama data build`")
+    weight: float | None = Field(None, gt=0, description="share of the windows, any scale; default: the folder's tokens")
+    max_epochs: float | None = Field(None, gt=0, description="refuse a run that would read the folder more often")
+
+
+class ReplaySettings(Settings):
+    """Old text mixed into an adaptation, so that what was learnt is not forgotten."""
+
+    path: str
+    fraction: float = Field(gt=0, lt=1, description="share of all windows")
+
+
+class DataSettings(Settings):
+    """What a run reads."""
+
+    sources: list[SourceSettings] = Field(min_length=1)
+    replay: ReplaySettings | None = None
+    seq_len: int = Field(gt=0, description="tokens a window predicts; windows hold one more")
+    documents: Literal["across", "separate"] = Field(
+        "across", description="separate: attention and RoPE positions restart at each document"
+    )
+    mask_document_start: bool = Field(False, description="no loss on the first token of a document inside a window")
+    verify: bool = Field(True, description="check the shards' SHA-256 before the run")
+
+
+class BudgetSettings(Settings):
+    """How long to train: exactly one key. FLOPs are dense training FLOPs, see the ledger in flops.py."""
+
+    flops: int | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0, description="predicted tokens")
+    windows: int | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, description="optimizer steps of whole batches")
+    match_total: str | None = Field(None, description="run folder whose inherited + spent FLOPs this run ends at")
+    match_spent: str | None = Field(None, description="run folder whose spent FLOPs this run spends")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "BudgetSettings":
+        given = [key for key, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}; got {', '.join(given) or 'none'}")
+        return self
+
+
+class OptimizerSettings(Settings):
+    """AdamW with fp32 master weights."""
+
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="decoupled, on all parameters as in the paper's runs")
+    clip_norm: float | None = Field(1.0, gt=0, description="global L2 norm; null: no clipping")
+    z_loss: float = Field(0.0, ge=0)
+
+
+class ScheduleSettings(Settings):
+    """Learning rate over steps. `paper`: warm-up, constant, linear decay to zero; `cosine`: warm-up, cosine."""
+
+    kind: Literal["paper", "cosine"] = "paper"
+    warmup_steps: int = Field(10, ge=0)
+    decay_fraction: float = Field(0.2, ge=0, le=1, description="paper: share of the steps that decay")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="cosine: final rate over peak rate")
+
+
+class CheckpointSettings(Settings):
+    """When the training state is saved; the final model is always exported."""
+
+    every_steps: int | None = Field(None, gt=0)
+    keep: int = Field(2, gt=0, description="newest checkpoints that stay")
+    milestones: list[int] = Field(default_factory=list, description="ledger values (spent FLOPs) to export a model at")
+
+
+class RunConfig(Settings):
+    """One training run."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.+-]+$", description="letters, digits, . _ + -")
+    out: str = Field(description="run folder")
+    seed: int = Field(42, ge=0)
+    tokenizer: str = Field(description="tokenizer.model, tokenizer.json, or a folder with one")
+    model: ModelSettings | None = Field(None, description="a fresh model ...")
+    init_from: str | None = Field(None, description="... or the weights of this Hugging Face folder, optimizer fresh")
+    data: DataSettings
+    budget: BudgetSettings
+    global_batch: int = Field(gt=0, description="windows per optimizer step, over all processes")
+    micro_batch: int = Field(gt=0, description="windows per forward and backward of one process")
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="weights and activations; masters and moments are fp32")
+    attention: Literal["auto", "flash_attn", "xformers", "sdpa", "triton", "reference"] = "auto"
+    parallel: Literal["auto", "ddp"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "RunConfig":
+        if (self.model is None) == (self.init_from is None):
+            raise ValueError("give either model (a fresh start) or init_from (the weights of a folder), not both or none")
+        return self
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _fits(cls, value: int, info: Any) -> int:
+        if "global_batch" in info.data and value > info.data["global_batch"]:
+            raise ValueError(f"micro_batch ({value}) is larger than global_batch ({info.data['global_batch']})")
+        return value
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The valid keys of the settings group that holds the last element of `location`."""
+    current: Any = model
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = current.model_fields[part].annotation
+        while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            inner = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
+            if not inner:
+                return []
+            annotation = inner[0]
+        current = annotation
+    return list(current.model_fields)
+
+
+def validated(model: type[T], values: Any, where: str) -> T:
+    """Validate `values` as `model`.
+
+    Raises HyperLlamaError with one sentence per problem: the key, what is wrong and, for an unknown key, the nearest valid one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        sentences = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"]) or "the file"
+            if problem["type"] == "extra_forbidden":
+                valid = _fields_at(model, problem["loc"])
+                near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.0)
+                sentences.append(f"unknown key {key}; the nearest valid key is {near[0]}" if near else f"unknown key {key}")
+            elif problem["type"] == "missing":
+                sentences.append(f"key {key} is missing")
+            else:
+                got = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+                sentences.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}{got}")
+        raise HyperLlamaError(f"{where}: " + "; ".join(sentences)) from None
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and reads 3e-3 as a number (YAML 1.1 wants a dot)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _construct_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    value = loader.construct_scalar(node)
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+_RecipeLoader.add_implicit_resolver("!exponent", __import__("re").compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_RecipeLoader.add_constructor("!exponent", _construct_scalar)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises HyperLlamaError naming the file (and line) when it is missing, not YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise HyperLlamaError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise HyperLlamaError(f"{path} is a folder; a YAML recipe was expected") from None
+    except UnicodeDecodeError as error:
+        raise HyperLlamaError(f"{path} is not UTF-8 text: {error}") from None
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.YAMLError as error:
+        raise HyperLlamaError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise HyperLlamaError(f"{where} must hold a mapping of keys to values")
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply `a.b=c` assignments (c is YAML) to nested `values`, in place, and return them.
+
+    A number addresses a list element: `data.sources.0.weight=2`.
+    Raises HyperLlamaError for a malformed assignment or an index outside its list.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise HyperLlamaError(f"{assignment!r} is not an override: write key.subkey=value")
+        value = _parse_yaml(f"value: {text}", f"the override {assignment!r}")["value"]
+        *parents, last = key.split(".")
+        node: Any = values
+        for part in parents:
+            if isinstance(node, list):
+                node = node[_index(node, part, assignment)]
+            elif isinstance(node, dict):
+                if node.get(part) is None:
+                    node[part] = {}
+                node = node[part]
+            else:
+                raise HyperLlamaError(f"the override {assignment!r} goes through a value that is not a section")
+        if isinstance(node, list):
+            node[_index(node, last, assignment)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            raise HyperLlamaError(f"the override {assignment!r} goes through a value that is not a section")
+    return values
+
+
+def _index(values: list[Any], part: str, assignment: str) -> int:
+    if not part.isdigit() or int(part) >= len(values):
+        raise HyperLlamaError(f"the override {assignment!r}: {part!r} is not an index of a list of {len(values)}")
+    return int(part)
+
+
+def load_run(recipe: str | Path, assignments: list[str] | None = None) -> RunConfig:
+    """Read a training recipe and its overrides.
+
+    Raises HyperLlamaError naming the file and every key that is unknown, missing, of the wrong type or contradictory.
+    """
+    values = override(read_yaml(recipe), assignments or [])
+    return validated(RunConfig, values, str(recipe))

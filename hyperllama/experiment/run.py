@@ -1,0 +1,357 @@
+"""Run a study: text, tokenizer, shards, every arm of the grid, merges, evaluation, results.json and the report.
+
+    <out>/experiment.yaml   the resolved recipe; another recipe is refused here
+    <out>/corpus/           the sample text, or what is used of a folder's development parts
+    <out>/tokenizer.model, shards/<language>/
+    <out>/runs/<arm>/       training runs (model in runs/<arm>/model)
+    <out>/clones/<arm>/     grown models: one per (source, factor, noise, seed), where every cloned arm and merge base starts
+    <out>/merges/<id>/      merged models, beside their recipes <id>.yaml
+    <out>/eval/<id>.json    measurements
+    <out>/results.json, report.html, plots and tables
+
+Everything is a pure function of the recipe; what exists is kept, so an interrupted study goes on where it stopped.
+"""
+
+import gzip
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from hyperllama.config import ModelConfig, RunConfig, read_yaml, validated
+from hyperllama.data.sample import write_corpus
+from hyperllama.data.shards import build_shards
+from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
+from hyperllama.errors import HyperLlamaError
+from hyperllama.evaluate import evaluate_folder
+from hyperllama.experiment.recipe import FAMILIES, Arm, Budgets, ExperimentConfig, budgets, grid
+from hyperllama.experiment.report import write_report
+from hyperllama.files import atomic_folder, read_json, write_json, write_text
+from hyperllama.flops import Ledger, window_flops
+from hyperllama.grow.hyperclone import grow_folder
+from hyperllama.hub import folder_hashes, model_config, open_folder
+from hyperllama.merge.executor import run as run_merge
+from hyperllama.merge.planner import plan as plan_merge
+from hyperllama.merge.recipe import load_recipe
+from hyperllama.train.loop import train
+
+SAMPLE = "built-in sample sentences in six languages: text to try the software on, which says nothing about real languages"
+CURVE_POINTS = 200
+
+
+def describe(config: ExperimentConfig) -> dict[str, Any]:
+    """The study's plan for --dry-run: every arm with its exact FLOPs. Reads and writes nothing."""
+    model = config.model.resolve(config.vocab, config.seq_len)
+    spend = budgets(config, model)
+    arms = grid(config, spend)
+    return {
+        "name": config.name,
+        "parameters": {"1x": model.num_parameters, "grown": model.grown(config.factor).num_parameters},
+        "budgets": {"quantum": spend.quantum, "english": spend.english, "adapt": spend.adapt},
+        "arms": [
+            {"id": arm.id, "starts_from": arm.start, "flops": arm.flops, "windows": arm.flops // _cost(config, model, arm)}
+            for arm in arms
+        ],
+        "training_flops": sum(arm.flops for arm in arms),
+        "merges": [f"merge-{method}-{family}" for family in FAMILIES for method in config.merge_methods],
+        "reads": [config.corpus or "the built-in sample text"],
+        "writes": config.out,
+    }
+
+
+def _shape(config: ExperimentConfig, model: ModelConfig, arm: Arm) -> ModelConfig:
+    return model if arm.family == "1x" else model.grown(config.factor)
+
+
+def _cost(config: ExperimentConfig, model: ModelConfig, arm: Arm) -> int:
+    return window_flops(_shape(config, model, arm), config.seq_len)
+
+
+class Study:
+    """The folders of one study and the steps that fill them."""
+
+    def __init__(self, config: ExperimentConfig):
+        self.config, self.out, self.console = config, Path(config.out), Console(stderr=True)
+        self.tokenizer_file = self.out / "tokenizer.model"
+
+    def folder(self, arm: str) -> Path:
+        """Where the model `arm` lies."""
+        for path in (self.out / "clones" / arm, self.out / "merges" / arm):
+            if path.is_dir():
+                return path
+        return self.out / "runs" / arm / "model"
+
+    def claim(self) -> None:
+        """Take the output folder for this recipe.
+
+        Raises HyperLlamaError when another recipe's study lies there.
+        """
+        wanted, file = self.config.model_dump(mode="json"), self.out / "experiment.yaml"
+        if file.is_file():
+            stored = read_yaml(file)
+            differing = [key for key in wanted if stored.get(key) != wanted[key]]
+            if differing:
+                raise HyperLlamaError(
+                    f"{self.out} holds a study with another {differing[0]} ({stored.get(differing[0])}, now "
+                    f"{wanted[differing[0]]}): choose another out, or remove the folder"
+                )
+        write_text(file, yaml.safe_dump(wanted, sort_keys=False))
+
+    def prepare(self) -> None:
+        """Text, tokenizer, shards, development parts."""
+        c, source = self.config, Path(self.config.corpus) if self.config.corpus else self.out / "corpus"
+        if c.sample and not source.is_dir():
+            self.say(f"writing {c.sample.bytes_per_language:,} bytes of sample text in each of {len(c.languages)} languages")
+            write_corpus(
+                source, tuple(c.languages), c.sample.bytes_per_language,
+                seed=c.seed, dev_bytes=c.sample.dev_bytes, pairs=c.sample.pairs,
+            )
+        train_files = {language: _part(source, language, "train") for language in c.languages}
+        if not self.tokenizer_file.is_file():
+            self.say(f"training a tokenizer of {c.vocab:,} tokens")
+            train_tokenizer(list(train_files.values()), self.tokenizer_file, c.vocab, seed=c.seed)
+        tokenizer = Tokenizer.load(self.tokenizer_file)
+        for language, file in train_files.items():
+            if not (self.out / "shards" / language).is_dir():
+                self.say(f"tokenizing {language}")
+                build_shards([file], tokenizer, self.out / "shards" / language, language=language)
+        if not (self.out / "dev").is_dir():
+            with atomic_folder(self.out / "dev") as dev:
+                for language in c.languages:
+                    _head(_part(source, language, "dev"), dev / f"{language}.jsonl", c.dev_bytes)
+                    _spread(source / "minimal_pairs" / f"{language}.jsonl", dev / f"{language}.pairs.jsonl", c.dev_pairs)
+
+    def run_config(self, arm: Arm, cost: int) -> RunConfig:
+        """The training run of an arm, as `hyperllama train` would read it."""
+        c = self.config
+        values: dict[str, Any] = {
+            "name": arm.id,
+            "out": str(self.out / "runs" / arm.id),
+            "seed": c.seed,
+            "tokenizer": str(self.tokenizer_file),
+            "data": {
+                "sources": [{"path": str(self.out / "shards" / tag), "weight": share} for tag, share in arm.shares.items()],
+                "seq_len": c.seq_len,
+            },
+            "budget": {"flops": arm.flops},
+            "global_batch": c.global_batch,
+            "micro_batch": c.micro_batch,
+            "optimizer": c.optimizer.model_dump(),
+            "schedule": c.schedule.model_dump(),
+            "precision": c.precision,
+            "log_every": max(1, arm.flops // cost // c.global_batch // 20),
+        }
+        if arm.start is not None:
+            values["init_from"] = str(self.folder(arm.start))
+        else:
+            shape = c.model.model_dump()
+            if arm.family != "1x":  # the grown shape, from a random start
+                grown = c.model.resolve(c.vocab, c.seq_len).grown(c.factor)
+                shape |= {key: getattr(grown, key) for key in shape}
+            values["model"] = shape
+        return validated(RunConfig, values, arm.id)
+
+    def run_arm(self, arm: Arm, cost: int, label: str) -> None:
+        """Train an arm, or make a clone."""
+        if arm.shares:
+            train(self.run_config(arm, cost), label=label)
+        elif not self.folder(arm.id).is_dir():
+            assert arm.start is not None  # a clone has a source
+            result = grow_folder(
+                self.folder(arm.start), self.out / "clones" / arm.id, self.config.factor,
+                noise_db=self.config.noise_db, seed=self.config.seed,
+            )
+            self.say(f"{label}: grown, largest logit difference {result['verified']['max_logit_difference']:.2g}")
+
+    def merge(self, method: str, family: str) -> str:
+        """Merge the language models of a family onto their true parent; returns the merge's id."""
+        c, name = self.config, f"merge-{method}-{family}"
+        if (self.out / "merges" / name).is_dir():
+            return name
+        parameters: dict[str, Any] = {"weight": 1.0} | ({"density": c.density} if method == "ties" else {})
+        recipe: dict[str, Any] = {
+            "merge_method": method,
+            "models": [{"model": str(self.folder(f"{tag}-{family}")), "parameters": parameters} for tag in c.targets],
+            "parameters": {"normalize": True},
+            "dtype": "float32",
+            "out_dtype": "float32" if c.precision == "fp32" else "bfloat16",
+        }
+        if method != "linear":
+            recipe["base_model"] = str(self.folder(f"{c.base_language}-{family}"))
+        file = self.out / "merges" / f"{name}.yaml"
+        write_text(file, yaml.dump(recipe, sort_keys=False, Dumper=_PlainDumper))
+        run_merge(plan_merge(load_recipe(file), Path.cwd()), self.out / "merges" / name)
+        return name
+
+    def evaluate(self, model: str) -> dict[str, dict[str, Any]]:
+        """Measure a model on every language; kept beside the hash of what was measured."""
+        c, file = self.config, self.out / "eval" / f"{model}.json"
+        hashes = folder_hashes(open_folder(self.folder(model)))
+        if file.is_file() and read_json(file)["sha256"] == hashes:
+            return read_json(file)["eval"]
+        dev = self.out / "dev"
+        texts = {tag: dev / f"{tag}.jsonl" for tag in c.languages}
+        pairs = {tag: dev / f"{tag}.pairs.jsonl" for tag in c.languages if (dev / f"{tag}.pairs.jsonl").is_file()}
+        measured = evaluate_folder(self.folder(model), list(texts.values()), list(pairs.values()), seq_len=c.seq_len)
+        result = {
+            tag: measured["texts"][str(texts[tag])] | (measured["pairs"][str(pairs[tag])] if tag in pairs else {})
+            for tag in c.languages
+        }
+        write_json(file, {"model": model, "sha256": hashes, "eval": result})
+        return result
+
+    def say(self, sentence: str) -> None:
+        """Tell the person who watches."""
+        self.console.print(sentence, highlight=False)
+
+
+def run_experiment(config: ExperimentConfig) -> dict[str, Any]:
+    """Run or resume a study; returns the content of results.json.
+
+    Raises HyperLlamaError for bad input, and when ledgers that must be equal are not.
+    """
+    began = time.perf_counter()
+    study = Study(config)
+    model = config.model.resolve(config.vocab, config.seq_len)
+    spend = budgets(config, model)
+    arms = grid(config, spend)
+    study.claim()
+    study.prepare()
+    work, done = sum(arm.flops for arm in arms), 0
+    study.say(f"{len(arms)} arms, {work:,} training FLOPs; quantum {spend.quantum:,}")
+    training = time.perf_counter()
+    for i, arm in enumerate(arms):
+        left = (time.perf_counter() - training) / done * (work - done) if done else 0.0
+        eta = f", about {left / 60:.0f} min left" if done else ""
+        study.run_arm(arm, _cost(config, model, arm), f"[{i + 1}/{len(arms)}{eta}] {arm.id}")
+        done += arm.flops
+    study.say("merging")
+    merges = [(study.merge(method, family), method, family) for family in FAMILIES for method in config.merge_methods]
+    rows = []
+    for i, row in enumerate([*(_row(study, arm) for arm in arms), *(_merge_row(study, *merge) for merge in merges)]):
+        study.console.print(f"evaluating {i + 1}/{len(arms) + len(merges)} {row['id']:<28}", end="\r", highlight=False)
+        rows.append(row | {"eval": study.evaluate(row["id"])})
+    results = {
+        "name": config.name,
+        "corpus": SAMPLE if config.sample else f"text from {Path(config.corpus or '').name}, development parts",
+        "languages": config.languages,
+        "base_language": config.base_language,
+        "targets": config.targets,
+        "seq_len": config.seq_len,
+        "factor": config.factor,
+        "noise_db": config.noise_db,
+        "tokenizer_vocab": config.vocab,
+        "budgets": {"quantum": spend.quantum, "english": spend.english, "adapt": spend.adapt},
+        "models": rows,
+        "equal": equal_groups(config, spend, rows),
+        "curves": {arm.id: _curve(study.out / "runs" / arm.id / "metrics.jsonl") for arm in arms if arm.shares},
+    }
+    write_json(study.out / "results.json", results)
+    files = write_report(results, study.out)
+    _print_ledgers(study.console, results)
+    study.say(f"{study.out / 'results.json'}, {', '.join(str(file) for file in files if file.suffix == '.html')}")
+    study.say(f"finished in {(time.perf_counter() - began) / 60:.1f} min")
+    return results
+
+
+def equal_groups(config: ExperimentConfig, spend: Budgets, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The comparisons the study makes, each between models whose ledgers are the same integer.
+
+    Raises HyperLlamaError naming the first model whose ledger is not.
+    """
+    base, n = config.base_language, len(config.targets)
+    wanted = [
+        ("base models after the base language", spend.english, lambda row: row["kind"] == "base" and row["id"] != f"{base}-seed"),
+        ("adaptations to one language", spend.english + spend.adapt, lambda row: row["kind"] == "language"),
+        ("joint training, and merges of all languages", spend.english + n * spend.adapt,
+         lambda row: row["kind"] in ("joint", "merge")),
+    ]
+    groups = []
+    for what, flops, member in wanted:
+        members = [row for row in rows if member(row)]
+        for row in members:
+            if row["total"] != flops:
+                raise HyperLlamaError(f"{row['id']} ends at {row['total']} FLOPs, the arms it is compared with at {flops}")
+        groups.append({"what": what, "by": "total", "flops": flops, "ids": [row["id"] for row in members]})
+    return groups
+
+
+def _row(study: Study, arm: Arm) -> dict[str, Any]:
+    return _model_row(study, arm.id, arm.family, arm.kind) | {
+        "language": arm.language, "method": None, "parents": [arm.start] if arm.start else [],
+    }
+
+
+def _merge_row(study: Study, name: str, method: str, family: str) -> dict[str, Any]:
+    return _model_row(study, name, family, "merge") | {
+        "language": None, "method": method, "parents": [f"{tag}-{family}" for tag in study.config.targets],
+    }
+
+
+def _model_row(study: Study, name: str, family: str, kind: str) -> dict[str, Any]:
+    folder = open_folder(study.folder(name))
+    ledger = Ledger.from_json(folder.card["ledger"])
+    return {
+        "id": name, "family": family, "kind": kind, "parameters": model_config(folder.config, folder.path).num_parameters,
+        "spent": ledger.spent, "inherited": ledger.inherited, "total": ledger.total,
+        "path": str(folder.path.relative_to(study.out)), "token_counts": folder.card.get("token_counts", {}),
+    }
+
+
+def _curve(metrics: Path) -> list[list[float]]:
+    """Training loss against total FLOPs: means of at most 200 equal stretches of steps."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    stretch = -(-len(lines) // CURVE_POINTS)
+    parts = [lines[i : i + stretch] for i in range(0, len(lines), stretch)]
+    return [[part[-1]["total_flops"], round(sum(line["loss"] for line in part) / len(part), 6)] for part in parts]
+
+
+def _print_ledgers(console: Console, results: dict[str, Any]) -> None:
+    for group in results["equal"]:
+        console.print(f"{group['what']}: {group['flops']:,} FLOPs each", highlight=False)
+        for row in results["models"]:
+            if row["id"] in group["ids"]:
+                console.print(f"  {row['id']:<28} {row['inherited']:>22,} inherited + {row['spent']:>20,} spent", highlight=False)
+
+
+def _part(source: Path, language: str, part: str) -> Path:
+    """text/<language>/<part>.jsonl, plain or gzipped."""
+    for suffix in (".jsonl", ".jsonl.gz"):
+        file = source / "text" / language / f"{part}{suffix}"
+        if file.is_file():
+            return file
+    raise HyperLlamaError(f"{source / 'text' / language} has no {part}.jsonl or {part}.jsonl.gz")
+
+
+def _lines(file: Path) -> Iterable[str]:
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        yield from lines
+
+
+def _head(source: Path, out: Path, limit: int) -> None:
+    """The first documents of a JSONL file, up to `limit` bytes of lines but at least one."""
+    with out.open("w", encoding="utf-8") as file:
+        for line in _lines(source):
+            if file.tell() and file.tell() + len(line.encode()) > limit:
+                break
+            file.write(line)
+
+
+def _spread(source: Path, out: Path, count: int) -> None:
+    """`count` lines of a JSONL file, evenly spaced: files are often sorted by phenomenon. No file, no pairs."""
+    if not source.is_file():
+        return
+    lines = list(_lines(source))
+    keep = min(count, len(lines))
+    out.write_text("".join(lines[i * len(lines) // keep] for i in range(keep)), encoding="utf-8")
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """YAML without anchors: every model of a merge recipe spells its parameters out."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

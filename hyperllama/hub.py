@@ -1,0 +1,285 @@
+"""Hugging Face Llama folders, in and out. Safetensors only: no pickle, no remote code.
+
+A folder is config.json, model.safetensors (or shards with an index), tokenizer files, and our card hyperllama.json.
+
+Grown models with a tied head divide their logits by a factor. A plain LlamaForCausalLM can't say that, so on the way out the
+final norm's weight is divided by it (exact for powers of two) and config.json remembers the factor under
+"hyperllama_folded_factor"; on the way in the fold is undone, and training goes on as if it had never been written.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hyperllama import __version__
+from hyperllama.config import ModelConfig, validated
+from hyperllama.errors import HyperLlamaError
+from hyperllama.files import atomic_folder, read_json, sha256_file, write_json
+from hyperllama.names import FINAL_NORM, HEAD
+
+CARD = "hyperllama.json"
+FOLDED = "hyperllama_folded_factor"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+SHARD_BYTES = 5 * 10**9  # as the field's tools cut them
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+class Folder:
+    """A model folder opened for reading; tensors are memory-mapped and read when asked for."""
+
+    def __init__(self, path: Path, config: dict[str, Any], card: dict[str, Any], files: list[Path]):
+        self.path, self.config, self.card, self.files = path, config, card, files
+        self._where: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise HyperLlamaError(f"{file} is damaged or not a safetensors file: {error}") from None
+            self._where.update(dict.fromkeys(handle.keys(), handle))
+        self.names: list[str] = sorted(self._where)
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._where:
+            raise HyperLlamaError(f"{self.path} has no tensor {name}")
+        return self._where[name].get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, read from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, read from the header."""
+        code = self._slice(name).get_dtype()
+        if code not in _DTYPES:
+            raise HyperLlamaError(f"{self.path}: tensor {name} has dtype {code}; weights must be one of {', '.join(_DTYPES)}")
+        return _DTYPES[code]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor on the CPU, over the memory map."""
+        self._slice(name)
+        return self._where[name].get_tensor(name)
+
+
+def open_folder(path: str | Path) -> Folder:
+    """Open a Hugging Face model folder.
+
+    Raises HyperLlamaError when the folder, its config.json or a weight file is missing or damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise HyperLlamaError(f"{path} is not a folder; a model folder with config.json and *.safetensors was expected")
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict):
+        raise HyperLlamaError(f"{path / 'config.json'} must hold a mapping")
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        files = [path / "model.safetensors"]
+    elif index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise HyperLlamaError(f"{index} has no weight_map")
+        files = [path / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if file.parent != path or not file.is_file():
+                raise HyperLlamaError(f"{index} names {file.name}, which is not in the folder")
+    else:
+        raise HyperLlamaError(f"{path} has no model.safetensors and no model.safetensors.index.json")
+    card = card_of(path)
+    folder = Folder(path, config, card, files)
+    if index.is_file() and len(files) > 1:
+        missing = sorted(set(read_json(index)["weight_map"]) - set(folder.names))
+        if missing:
+            raise HyperLlamaError(f"{path}: the index names tensor {missing[0]}, which is in no shard")
+    return folder
+
+
+def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
+    """Our shape of a config.json, the fold of the head factor undone.
+
+    Raises HyperLlamaError for architectures and features that are not a plain Llama.
+    """
+    file = where / "config.json"
+    kind = config.get("model_type")
+    if kind not in ("llama", "hyperllama"):
+        raise HyperLlamaError(f"{file}: model_type is {kind!r}; llama or hyperllama was expected")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise HyperLlamaError(f"{file}: {key} is true; only models without biases are supported")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise HyperLlamaError(f"{file}: scaled RoPE ({rope}) is not supported")
+    activation = config.get("hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        raise HyperLlamaError(f"{file}: hidden_act is {activation!r}; one of {', '.join(_ACTIVATIONS)} was expected")
+    try:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        values = {
+            "vocab_size": config["vocab_size"],
+            "hidden_size": hidden,
+            "intermediate_size": config["intermediate_size"],
+            "num_layers": config["num_hidden_layers"],
+            "num_heads": heads,
+            "num_kv_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": config.get("head_dim") or hidden // heads,
+            "activation": _ACTIVATIONS[activation],
+            "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+            "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "lm_head_normalization_factor": float(config.get(FOLDED, config.get("lm_head_normalization_factor") or 1.0)),
+            "max_position_embeddings": config.get("max_position_embeddings", 2048),
+            "initializer_range": float(config.get("initializer_range", 0.02)),
+            "unpadded_vocab_size": config.get("unpadded_vocab_size"),
+        }
+    except KeyError as error:
+        raise HyperLlamaError(f"{file}: key {error.args[0]} is missing") from None
+    return validated(ModelConfig, values, str(file))
+
+
+def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of a plain LlamaForCausalLM; a head factor is noted as folded into the final norm."""
+    values: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": _HF_ACTIVATIONS[config.activation],
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": config.initializer_range,
+        "torch_dtype": _DTYPE_NAMES[dtype],
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if config.unpadded_vocab_size is not None:
+        values["unpadded_vocab_size"] = config.unpadded_vocab_size
+    if config.lm_head_normalization_factor != 1.0:
+        values[FOLDED] = config.lm_head_normalization_factor
+    return values
+
+
+def factor_is_folded(config: dict[str, Any]) -> bool:
+    """Whether the final norm in the files already holds 1/factor."""
+    return FOLDED in config
+
+
+def write_folder(
+    path: str | Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    card: dict[str, Any],
+    *,
+    tokenizer_from: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model folder atomically; tensors are taken one after another and a shard closes at 5 GB.
+
+    Raises HyperLlamaError when the folder exists and `overwrite` is false; then nothing is written.
+    """
+    with atomic_folder(path, overwrite=overwrite) as folder:
+        shards: list[dict[str, Tensor]] = []
+        pending: dict[str, Tensor] = {}
+        size = total = 0
+        weight_map: dict[str, int] = {}
+
+        def close() -> None:
+            nonlocal pending, size
+            if pending:
+                save_file(pending, str(folder / f"shard-{len(shards)}"), metadata={"format": "pt"})
+                shards.append({})
+            pending, size = {}, 0
+
+        for name, tensor in tensors:
+            n_bytes = tensor.numel() * tensor.element_size()
+            if size + n_bytes > SHARD_BYTES:
+                close()
+            weight_map[name] = len(shards)
+            pending[name] = tensor.contiguous()
+            size, total = size + n_bytes, total + n_bytes
+        close()
+        if len(shards) == 1:
+            (folder / "shard-0").rename(folder / "model.safetensors")
+        else:
+            files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+            for i, file in enumerate(files):
+                (folder / f"shard-{i}").rename(folder / file)
+            index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in weight_map.items()}}
+            write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "config.json", config)
+        write_json(folder / CARD, {"code_version": __version__, **card})
+        if tokenizer_from is not None:
+            copy_tokenizer(tokenizer_from, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of a model folder, or one tokenizer file, into `folder`."""
+    if source.suffix == ".model":
+        files = {"tokenizer.model": source}
+    elif source.suffix == ".json":
+        files = {"tokenizer.json": source} | {name: source.parent / name for name in TOKENIZER_FILES[2:]}
+    else:
+        files = {name: source / name for name in TOKENIZER_FILES}
+    for name, file in files.items():
+        if file.is_file():
+            (folder / name).write_bytes(file.read_bytes())
+
+
+def folder_hashes(folder: Folder) -> dict[str, str]:
+    """SHA-256 of the config and weight files: what a model made from this folder says it was made from."""
+    return {file.name: sha256_file(file) for file in [folder.path / "config.json", *folder.files]}
+
+
+def read_weights(folder: Folder, config: ModelConfig, targets: dict[str, Tensor]) -> None:
+    """Copy a folder's weights into `targets` (Hugging Face name -> view), unfolding the head factor.
+
+    Raises HyperLlamaError naming the tensor that is missing, unexpected, or of another shape.
+    """
+    if config.tie_embeddings and HEAD in folder.names and HEAD not in targets:
+        names = [name for name in folder.names if name != HEAD]  # some tools write the tied table twice
+    else:
+        names = folder.names
+    missing, unknown = sorted(set(targets) - set(names)), sorted(set(names) - set(targets))
+    if missing:
+        raise HyperLlamaError(f"{folder.path} has no tensor {missing[0]}, which its config.json asks for")
+    if unknown:
+        raise HyperLlamaError(f"{folder.path} has a tensor {unknown[0]} that no Llama of its config.json has")
+    factor = config.lm_head_normalization_factor if factor_is_folded(folder.config) else 1.0
+    for name, target in targets.items():
+        if folder.shape(name) != tuple(target.shape):
+            raise HyperLlamaError(
+                f"{folder.path}: tensor {name} has shape {folder.shape(name)}, config.json asks for {tuple(target.shape)}"
+            )
+        source = folder.tensor(name)
+        with torch.no_grad():
+            target.copy_(source.to(torch.float32) * factor if name == FINAL_NORM and factor != 1.0 else source)
+
+
+def folded(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
+    """Logical tensors as a plain Llama's: on the CPU, in `dtype`, the head factor folded into the final norm."""
+    for name, tensor in tensors:
+        if name == FINAL_NORM and config.lm_head_normalization_factor != 1.0:
+            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) / config.lm_head_normalization_factor
+        yield name, tensor.detach().to("cpu", dtype, copy=True)  # a copy: safetensors refuses views that share a buffer
+
+
+def card_of(path: str | Path) -> dict[str, Any]:
+    """The card of a folder written by us, or an empty one when it has none."""
+    file = Path(path) / CARD
+    return read_json(file) if file.is_file() else {}

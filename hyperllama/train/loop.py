@@ -1,0 +1,218 @@
+"""The training loop, on one page: fetch, forward, backward, reduce, clip, update, log."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from hyperllama import __version__
+from hyperllama.arena import Arena
+from hyperllama.checkpoint import checkpoints, export_model, load_state, save_state
+from hyperllama.config import RunConfig, read_yaml
+from hyperllama.data.loader import Loader, micro_batches
+from hyperllama.errors import HyperLlamaError
+from hyperllama.files import read_json, write_json, write_text
+from hyperllama.flops import Ledger, window_flops
+from hyperllama.hub import folder_hashes, read_weights
+from hyperllama.kernels.adamw import adamw
+from hyperllama.kernels.grad_norm import grad_norm
+from hyperllama.model import Llama
+from hyperllama.train.distributed import Processes, processes
+from hyperllama.train.metrics import Metrics, device_name, peak_flops, progress_bar, speed_text
+from hyperllama.train.plan import Plan, make_plan
+from hyperllama.train.schedule import lr_ratio
+
+
+class Stopped(KeyboardInterrupt):
+    """A run stopped by a signal after its state was saved: args are the signal's number and a sentence for the user."""
+
+
+def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -> dict[str, Any]:
+    """Run, or resume, a training run; returns run.json's record. A finished run is left as it is.
+
+    `label` is what the progress bar calls it (default: its name).
+
+    Raises HyperLlamaError before any work for whatever make_plan refuses, or when `out` holds another run.
+    """
+    out = Path(config.out)
+    with processes(config.device) as mine:
+        plan = make_plan(config)
+        if (out / "config.yaml").is_file():
+            _check_same_run(out, config)
+        if (out / "run.json").is_file():
+            return read_json(out / "run.json")
+        if mine.is_main:
+            write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        return _train(plan, mine, label or config.name, quiet=quiet or not mine.is_main)
+
+
+def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str, Any]:
+    config, out, console = plan.config, Path(plan.config.out), Console(stderr=True)
+    o, seq_len = config.optimizer, config.data.seq_len
+    arena = Arena(plan.model, plan.dtype, mine.device, training=True)
+    model = Llama(plan.model, arena, backend=config.attention)
+    step, ledger, counts = _start(plan, model, mine.device)
+    lr, at = torch.zeros((), device=mine.device), torch.zeros((), dtype=torch.int64, device=mine.device)
+    causal, peak = window_flops(plan.model, seq_len, "causal"), peak_flops(device_name(mine.device))
+    metrics = Metrics(out / "metrics.jsonl", step, write=mine.is_main)
+    began = time.perf_counter()
+    windows = counted = logged = step * config.global_batch
+
+    def token_counts() -> dict[str, int]:
+        nonlocal counts, counted
+        fresh = plan.mixture.tokens_by_language(counted, windows - counted)
+        counts = {tag: counts.get(tag, 0) + fresh.get(tag, 0) for tag in sorted({*counts, *fresh})}
+        counted = windows
+        return counts
+
+    def save() -> None:
+        if mine.is_main:
+            state = {"windows": windows, "ledger": ledger.to_json(), "token_counts": token_counts()}
+            save_state(out, step, arena, state, config.checkpoint.keep)
+        mine.barrier()
+
+    def export(path: Path) -> dict[str, Any]:
+        card = _card(plan, ledger, token_counts())
+        if mine.is_main:
+            export_model(path, arena, card, plan.tokenizer.path, plan.dtype)
+        return card
+
+    with (
+        _StopRequest() as stop,
+        Loader(
+            plan.mixture, config.global_batch, mine.rank, mine.world, documents=config.data.documents == "separate",
+            mask_first_token_of_document=config.data.mask_document_start, pin_memory=mine.device.type == "cuda",
+        ) as loader,
+        progress_bar(console, disable=quiet) as bar,
+    ):
+        task = bar.add_task(label, total=plan.steps, completed=step, figures="")
+        while step < plan.steps:
+            count = min(config.global_batch, plan.windows - windows)
+            batch = loader.batch(windows, count)
+            targets = count * seq_len
+            if config.data.mask_document_start:
+                targets = mine.sum_ints([int((batch.targets >= 0).sum())])[0]
+
+            arena.grad.zero_()
+            loss = torch.zeros((), device=mine.device)
+            for micro in micro_batches(batch, config.micro_batch):
+                ids, micro_targets = (t.to(mine.device, non_blocking=True) for t in (micro.ids, micro.targets))
+                borders = None if micro.cu_seqlens is None else micro.cu_seqlens.to(mine.device)
+                part = model.loss(ids, micro_targets, loss_weight=1 / max(1, targets), cu_seqlens=borders, z_loss=o.z_loss)
+                part.backward()
+                loss += part.detach()
+            mine.sum_(arena.grad)
+            mine.sum_(loss)
+
+            step, windows = step + 1, windows + count
+            norm = grad_norm(arena.grad)
+            clip = torch.clamp(o.clip_norm / (norm + 1e-6), max=1.0) if o.clip_norm else torch.ones_like(norm)
+            adamw(
+                arena.master, arena.grad, arena.m, arena.v, None if arena.weights is arena.master else arena.weights,
+                lr=lr.fill_(o.lr * lr_ratio(config.schedule, step, plan.steps)), beta1=o.beta1, beta2=o.beta2, eps=o.eps,
+                weight_decay=o.weight_decay, step=at.fill_(step), clip=clip,
+            )
+
+            ledger.spent += count * plan.cost
+            fields = {"step": step, "lr": o.lr * lr_ratio(config.schedule, step, plan.steps), "windows": windows,
+                      "tokens": windows * seq_len, "spent_flops": ledger.spent, "total_flops": ledger.total}
+            metrics.add(fields, torch.stack([loss, norm.to(loss.dtype)]))
+
+            due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+            if step % config.log_every == 0 or step == plan.steps or due or windows in plan.milestones:
+                line = metrics.flush((windows - logged) * seq_len, (windows - logged) * causal, peak)
+                logged = windows
+                bar.update(task, completed=step, figures=speed_text(line))
+            if windows in plan.milestones:
+                export(out / "milestones" / str(plan.milestones[windows]))
+            if step < plan.steps and stop.agreed(mine, step, config.log_every):
+                metrics.flush((windows - logged) * seq_len, (windows - logged) * causal, peak)
+                save()
+                raise Stopped(stop.signal, f"saved after step {step} of {plan.steps}; the same command goes on from there")
+            if due and step < plan.steps:
+                save()
+
+    metrics.close()
+    assert ledger.spent == plan.budget, "the ledger must end at the budget"
+    record = {
+        "name": config.name, "card": export(out / "model"), "ledger": ledger.to_json(), "loss": metrics.last.get("loss"),
+        "plan": plan.describe(), "seconds": round(time.perf_counter() - began, 2), "device": device_name(mine.device),
+        "processes": mine.world, "versions": {"hyperllama": __version__, "torch": torch.__version__},
+    }
+    if mine.is_main:
+        write_json(out / "run.json", record)
+    mine.barrier()
+    return record
+
+
+def _start(plan: Plan, model: Llama, device: torch.device) -> tuple[int, Ledger, dict[str, int]]:
+    """Fill the arena from the newest checkpoint, a model folder, or at random: (steps done, ledger, token counts)."""
+    arena, saved = model.arena, checkpoints(Path(plan.config.out))
+    if saved:
+        state = load_state(saved[-1], arena)
+        return state["step"], Ledger.from_json(state["ledger"]), state["token_counts"]
+    if plan.start is not None:
+        read_weights(plan.start, plan.model, arena.logical("weights"))
+        arena.master_from_weights()
+    else:
+        model.init_weights(plan.config.seed)
+    return 0, plan.ledger, {}
+
+
+def _card(plan: Plan, ledger: Ledger, token_counts: dict[str, int]) -> dict[str, Any]:
+    """What the exported model says of itself."""
+    made_from: list[dict[str, Any]] = [{"path": str(s.shards.path), "sha256": s.shards.fingerprint} for s in plan.mixture.sources]
+    if plan.start is not None:
+        made_from.append({"path": str(plan.start.path), "sha256": folder_hashes(plan.start)})
+    return {
+        "kind": "train", "ledger": ledger.to_json(), "token_counts": token_counts, "made_from": made_from,
+        "tokenizer": plan.tokenizer.fingerprint, "config": plan.config.model_dump(mode="json"),
+    }
+
+
+def _check_same_run(out: Path, config: RunConfig) -> None:
+    """Raise HyperLlamaError when `out` holds another run than `config`, naming the first key that differs."""
+    stored, wanted = read_yaml(out / "config.yaml"), config.model_dump(mode="json")
+    for key in wanted:
+        if key not in ("device", "log_every") and stored.get(key) != wanted[key]:
+            raise HyperLlamaError(
+                f"{out} holds a run with another {key} ({json.dumps(stored.get(key))}, now {json.dumps(wanted[key])}): "
+                "choose another out, or remove the folder"
+            )
+
+
+class _StopRequest:
+    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.previous[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: signals stay with whoever has them
+                return self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self, mine: Processes, step: int, every: int) -> bool:
+        """Whether all processes know of a signal; several processes ask each other only every `every` steps."""
+        if mine.world == 1:
+            return self.signal != 0
+        return step % every == 0 and mine.sum_ints([self.signal]) != [0]

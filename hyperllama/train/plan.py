@@ -1,0 +1,182 @@
+"""Everything a run needs, resolved and checked before any work: what is read and written, shape, steps, FLOPs, memory."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyperllama.arena import ALIGNMENT, arena_bytes
+from hyperllama.config import ModelConfig, RunConfig
+from hyperllama.data.mixture import Mixture, Source
+from hyperllama.data.shards import Shards, check_tokenizer
+from hyperllama.data.tokenizer import Tokenizer
+from hyperllama.errors import HyperLlamaError
+from hyperllama.files import read_json
+from hyperllama.flops import Ledger, growth_quantum, window_flops, windows_for
+from hyperllama.hub import Folder, folder_hashes, model_config, open_folder
+from hyperllama.names import packed_shapes
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run. `windows` spend the budget exactly; the last batch may be smaller than the others."""
+
+    config: RunConfig
+    model: ModelConfig
+    dtype: torch.dtype
+    tokenizer: Tokenizer
+    mixture: Mixture
+    start: Folder | None
+    ledger: Ledger
+    cost: int
+    windows: int
+    milestones: dict[int, int]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, the last partial one included."""
+        return -(-self.windows // self.config.global_batch)
+
+    @property
+    def budget(self) -> int:
+        """Dense training FLOPs that the run will spend."""
+        return self.windows * self.cost
+
+    def describe(self) -> dict[str, Any]:
+        """The plan for --dry-run and run.json; FLOPs, tokens and counts are exact integers."""
+        c = self.config
+        size = sum(-(-_numel(shape) // ALIGNMENT) * ALIGNMENT for shape in packed_shapes(self.model).values())
+        last = self.windows - (self.steps - 1) * c.global_batch
+        return {
+            "name": c.name,
+            "model": self.model.model_dump(),
+            "parameters": self.model.num_parameters,
+            "windows": self.windows,
+            "tokens": self.windows * c.data.seq_len,
+            "steps": self.steps,
+            "windows_in_last_step": last,
+            "flops_per_window_dense": self.cost,
+            "flops_per_window_causal": window_flops(self.model, c.data.seq_len, "causal"),
+            "budget_flops": self.budget,
+            "inherited_flops": self.ledger.inherited,
+            "total_flops": self.ledger.inherited + self.budget,
+            "memory_bytes": {
+                "arena": arena_bytes(size, self.dtype, training=True),
+                "activations_estimate": activation_bytes(self.model, self.dtype, c.micro_batch * c.data.seq_len),
+            },
+            "shared_with_clone": growth_quantum(self.model, c.data.seq_len, 2, self.budget),
+            "data": self.mixture.describe(self.windows),
+            "reads": [c.tokenizer, *([c.init_from] if c.init_from else []), *(str(source.shards.path) for source in self.mixture.sources)],
+            "writes": [f"{c.out}/{name}" for name in ("config.yaml", "run.json", "metrics.jsonl", "checkpoints/", "model/")]
+            + [f"{c.out}/milestones/{flops}/" for flops in c.checkpoint.milestones],
+        }
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) == 2 else 1)
+
+
+def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Rough bytes that the backward keeps for `tokens` tokens: what each op saves, without the attention backend's own."""
+    heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    per_layer = 6 * model.hidden_size + 2 * (heads + 2 * kv) + 2 * heads + 3 * model.intermediate_size
+    return tokens * dtype.itemsize * (model.num_layers * per_layer + 3 * model.hidden_size)
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Read the headers of all inputs and resolve the run; writes nothing.
+
+    Raises HyperLlamaError for missing or damaged inputs, a tokenizer that is not the shards', a vocabulary that is not the
+    model's, a budget that is not a whole number of windows, or sources too small for their max_epochs.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer)
+    data = config.data
+    seq_len = data.seq_len
+    mixture = _mixture(config, tokenizer)
+    dtype = DTYPES[config.precision]
+    if config.init_from is not None:
+        start = open_folder(config.init_from)
+        model = model_config(start.config, start.path)
+        if tokenizer.vocab_size > model.vocab_size:
+            raise HyperLlamaError(
+                f"{config.tokenizer} has {tokenizer.vocab_size} tokens, but the model in {config.init_from} has only "
+                f"{model.vocab_size} embedding rows"
+            )
+    else:
+        assert config.model is not None  # RunConfig requires one of the two
+        start, model = None, config.model.resolve(tokenizer.vocab_size, seq_len)
+    cost = window_flops(model, seq_len)
+    run_id = _run_id(config, mixture, start)
+    ledger = Ledger.child(run_id, [Ledger.from_json(start.card["ledger"])] if start and "ledger" in start.card else [])
+    windows = _windows(config, cost, ledger)
+    mixture.check(windows)
+    milestones = {}
+    for flops in config.checkpoint.milestones:
+        at = windows_for(flops, cost)
+        if (at % config.global_batch and at != windows) or at > windows:
+            step = config.global_batch * cost
+            raise HyperLlamaError(
+                f"checkpoint.milestones: {flops} FLOPs is not at the end of a step of this run; the nearest that are: "
+                f"{flops // step * step} and {(flops // step + 1) * step}"
+            )
+        milestones[at] = flops
+    return Plan(config, model, dtype, tokenizer, mixture, start, ledger, cost, windows, milestones)
+
+
+def _mixture(config: RunConfig, tokenizer: Tokenizer) -> Mixture:
+    data = config.data
+    opened = [(source, Shards.open(source.path, verify=data.verify)) for source in data.sources]
+    weights = [source.weight if source.weight is not None else float(shards.tokens) for source, shards in opened]
+    if len({source.weight is None for source in data.sources}) > 1:
+        raise HyperLlamaError("data.sources: give every source a weight, or none (then tokens decide)")
+    folders = [(shards, weight, source.max_epochs) for (source, shards), weight in zip(opened, weights, strict=True)]
+    if data.replay is not None:
+        share = data.replay.fraction / (1 - data.replay.fraction) * sum(weights)
+        folders.append((Shards.open(data.replay.path, verify=data.verify), share, None))
+    names = [shards.path.name for shards, _, _ in folders]  # the order hangs on names: a moved corpus keeps its order
+    if len(set(names)) < len(names):
+        names = [str(shards.path) for shards, _, _ in folders]
+    sources = [Source(name, *folder) for name, folder in zip(names, folders, strict=True)]
+    for source in sources:
+        check_tokenizer(source.shards, tokenizer)
+    return Mixture(sources, data.seq_len, config.seed)
+
+
+def _windows(config: RunConfig, cost: int, ledger: Ledger) -> int:
+    budget = config.budget
+    if budget.windows is not None:
+        return budget.windows
+    if budget.steps is not None:
+        return budget.steps * config.global_batch
+    if budget.tokens is not None:
+        if budget.tokens % config.data.seq_len:
+            raise HyperLlamaError(f"budget.tokens ({budget.tokens}) is not a multiple of data.seq_len ({config.data.seq_len})")
+        return budget.tokens // config.data.seq_len
+    if budget.flops is not None:
+        return windows_for(budget.flops, cost)
+    other = budget.match_total or budget.match_spent
+    assert other is not None  # BudgetSettings requires one key
+    file = Path(other) / "run.json"
+    record = read_json(file)
+    if "ledger" not in record:
+        raise HyperLlamaError(f"{file} has no ledger: {other} is not a run that finished")
+    theirs = Ledger.from_json(record["ledger"])
+    flops = theirs.total - ledger.inherited if budget.match_total else theirs.spent
+    if flops <= 0:
+        raise HyperLlamaError(f"budget.match_total: this run inherits {ledger.inherited} FLOPs, {other} ended at {theirs.total}")
+    return windows_for(flops, cost)
+
+
+def _run_id(config: RunConfig, mixture: Mixture, start: Folder | None) -> str:
+    """Name and a hash of everything that decides the run's bits: the same run has the same id."""
+    settings = config.model_dump(exclude={"name", "out", "device", "log_every", "checkpoint", "attention", "tokenizer"})
+    for source in settings["data"]["sources"]:
+        del source["path"]  # the mixture's fingerprint stands for what the paths hold
+    settings["init_from"] = folder_hashes(start) if start else None
+    text = json.dumps([settings, mixture.fingerprint], sort_keys=True)
+    return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

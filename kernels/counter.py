@@ -1,0 +1,41 @@
+"""Random numbers as a pure function of (key, counter): the same on every device, in any order, under any sharding.
+
+    z = key + (counter + 1) * 0x9E3779B97F4A7C15          (mod 2^64; all shifts logical)
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9
+    z = (z ^ z >> 27) * 0x94D049BB133111EB
+    bits = (z ^ z >> 31) >> 40                             the top 24 bits: exact in fp32
+
+This is the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) at position `counter`. Integer arithmetic only, so
+Triton and C++ give the same bits. Reference only.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def key_of(*parts: str | int) -> int:
+    """A 64-bit key from names and seeds."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of a uint64: torch multiplies int64 modulo 2^64, which is all that is needed."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniform(key: int, counter: Tensor) -> Tensor:
+    """Uniform fp32 in [0, 1), multiples of 2^-24, for every int64 in `counter`."""
+    z = (counter + 1) * _signed(_GAMMA) + _signed(key)
+    z = (z ^ _shift(z, 30)) * _signed(_MIX1)
+    z = (z ^ _shift(z, 27)) * _signed(_MIX2)
+    return _shift(z ^ _shift(z, 31), 40).to(torch.float32) * 2**-24
