@@ -84,9 +84,10 @@ def open_folder(path: str | Path) -> Folder:
     if (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]
     elif index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise HyperLlamaError(f"{index} has no weight_map")
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not weight_map or not isinstance(weight_map, dict) or not {str}.issuperset(map(type, weight_map.values())):
+            raise HyperLlamaError(f"{index} has no weight_map of tensor names to file names")
         files = [path / name for name in sorted(set(weight_map.values()))]
         for file in files:
             if file.parent != path or not file.is_file():
@@ -131,16 +132,20 @@ def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
             "num_kv_heads": config.get("num_key_value_heads") or heads,
             "head_dim": config.get("head_dim") or hidden // heads,
             "activation": _ACTIVATIONS[activation],
-            "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+            "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
             "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-            "lm_head_normalization_factor": float(config.get(FOLDED, config.get("lm_head_normalization_factor") or 1.0)),
+            "lm_head_normalization_factor": config.get(FOLDED, config.get("lm_head_normalization_factor") or 1.0),
             "max_position_embeddings": config.get("max_position_embeddings", 2048),
-            "initializer_range": float(config.get("initializer_range", 0.02)),
+            "initializer_range": config.get("initializer_range", 0.02),
             "unpadded_vocab_size": config.get("unpadded_vocab_size"),
         }
     except KeyError as error:
         raise HyperLlamaError(f"{file}: key {error.args[0]} is missing") from None
+    except (TypeError, ZeroDivisionError):
+        raise HyperLlamaError(
+            f"{file}: hidden_size is {hidden!r} and num_attention_heads {heads!r}; positive integers were expected"
+        ) from None
     return validated(ModelConfig, values, str(file))
 
 
@@ -266,6 +271,7 @@ def read_weights(folder: Folder, config: ModelConfig, targets: dict[str, Tensor]
             raise HyperLlamaError(
                 f"{folder.path}: tensor {name} has shape {folder.shape(name)}, config.json asks for {tuple(target.shape)}"
             )
+        folder.dtype(name)  # refuses quantised weights
         source = folder.tensor(name)
         with torch.no_grad():
             target.copy_(source.to(torch.float32) * factor if name == FINAL_NORM and factor != 1.0 else source)

@@ -94,9 +94,8 @@ class Llama(nn.Module):
         """RoPE tables for windows as long as those of `ids` (B, T)."""
         batch, seq_len = ids.shape
         if self._tables is None or self._tables[0].shape[0] < seq_len or self._tables[0].device != ids.device:
-            dtype = torch.float64 if self.arena.dtype == torch.float64 else torch.float32
             length = max(seq_len, self.config.max_position_embeddings)
-            self._tables = rope_tables(length, self.config.head_dim, self.config.rope_theta, dtype=dtype, device=ids.device)
+            self._tables = rope_tables(length, self.config.head_dim, self.config.rope_theta, device=ids.device)
         cos, sin = (table[:seq_len] for table in self._tables)
         return Positions(cos, sin, cu_seqlens, batch, seq_len)
 

@@ -1,11 +1,57 @@
-"""temporary stand-in by the lead until the real file is written: overwrite it"""
+"""AdamW with fp32 masters over a whole arena in one call (Loshchilov and Hutter 2019, arXiv 1711.05101).
+
+    g = clip * grad;   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
+    master -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * master)
+    weights = round(master)
+
+Flat buffers of one length: master, grad, m, v fp32 (fp64), weights bf16 or None where the masters are the weights. lr, t (int64)
+and clip are 0-dim tensors read on the device, so a CUDA graph of the step stays valid. Reference only.
+"""
 
 import torch
+from torch import Tensor
+
+from hyperllama.kernels.backend import define
+
+CHUNK = 1 << 18  # elements: five fp32 chunks and their temporaries stay in a CPU's L2 and L3
+
+
 @torch.no_grad()
-def adamw(master,grad,m,v,weights,*,lr,beta1,beta2,eps,weight_decay,step,clip):
-    g=grad*clip
-    m.mul_(beta1).add_(g,alpha=1-beta1); v.mul_(beta2).addcmul_(g,g,value=1-beta2)
-    t=step.double(); c1=(1-beta1**t).to(master.dtype); c2=(1-beta2**t).to(master.dtype)
-    upd=(m/c1)/((v/c2).sqrt()+eps)
-    master.sub_(lr*(upd+weight_decay*master))
-    if weights is not None: weights.copy_(master)
+def adamw_reference(
+    master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, lr: Tensor, beta1: float, beta2: float,
+    eps: float, weight_decay: float, step: Tensor, clip: Tensor,
+) -> None:  # fmt: skip
+    """The update in plain torch, chunk by chunk so that temporaries stay small."""
+    t = step.to(torch.float64)
+    correct1, correct2 = ((1 - beta**t).to(master.dtype) for beta in (beta1, beta2))
+    lr = lr.to(master.dtype)
+    for start in range(0, master.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        g, p = grad[part] * clip, master[part]
+        m[part].mul_(beta1).add_(g, alpha=1 - beta1)
+        v[part].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        update = (m[part] / correct1).div_((v[part] / correct2).sqrt_().add_(eps))
+        p.sub_(update.add_(p, alpha=weight_decay).mul_(lr))
+        if weights is not None:
+            weights[part].copy_(p)
+
+
+_adamw = define(
+    "adamw_(Tensor(a!) master, Tensor grad, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? weights, Tensor lr, float beta1, "
+    "float beta2, float eps, float weight_decay, Tensor step, Tensor clip) -> ()",
+    adamw_reference,
+    lambda *inputs: None,
+)
+
+
+def adamw(
+    master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, *, lr: Tensor, beta1: float, beta2: float,
+    eps: float, weight_decay: float, step: Tensor, clip: Tensor,
+) -> None:  # fmt: skip
+    """One optimizer step in place on flat buffers; `step` counts from 1.
+
+    Raises ValueError when the buffers differ in length.
+    """
+    if len({t.numel() for t in (master, grad, m, v, *([] if weights is None else [weights]))}) != 1:
+        raise ValueError("adamw: master, grad, m, v and weights must have one length")
+    _adamw(master, grad, m, v, weights, lr, beta1, beta2, eps, weight_decay, step, clip)

@@ -1,14 +1,42 @@
-"""temporary stand-in by the lead until the real file is written: overwrite it"""
+"""Table look-up whose gradient is added to the fp32 gradient that a tied head shares.
+
+    y[i] = W[ids[i]];   dW[ids[i]] += dy[i], in the order of i
+
+ids: (B, T) int64, W: (V, D), y: (B, T, D); dW: (V, D) fp32 (fp64). Deterministic on a CPU. Reference only.
+"""
+
+from typing import Any
 
 import torch
-class _E(torch.autograd.Function):
+from torch import Tensor
+from torch.nn import functional
+
+from hyperllama.kernels.backend import define
+
+
+def embedding_backward_reference(grad: Tensor, ids: Tensor, dy: Tensor) -> None:
+    """grad[ids] += dy in place, in plain torch."""
+    grad.index_add_(0, ids.flatten(), dy.flatten(0, -2).to(grad.dtype))
+
+
+embedding_backward_ = define(
+    "embedding_backward_(Tensor(a!) grad, Tensor ids, Tensor dy) -> ()", embedding_backward_reference, lambda grad, ids, dy: None
+)
+
+
+class _Accumulating(torch.autograd.Function):
     @staticmethod
-    def forward(ctx,ids,w,mg):
-        ctx.mg=mg; ctx.ids=ids
-        return w[ids]
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.main_grad = main_grad
+        return functional.embedding(ids, weight)
+
     @staticmethod
-    def backward(ctx,dy):
-        ctx.mg.index_add_(0,ctx.ids.flatten(),dy.flatten(0,1).to(ctx.mg.dtype))
-        return None,None,None
-def embedding(ids,weight,*,main_grad=None):
-    return weight[ids] if main_grad is None else _E.apply(ids,weight,main_grad)
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        embedding_backward_(ctx.main_grad, ctx.saved_tensors[0], dy)
+        return None, None, None
+
+
+def embedding(ids: Tensor, weight: Tensor, *, main_grad: Tensor | None = None) -> Tensor:
+    """Rows of weight (V, D) for ids (B, T): (B, T, D); `main_grad` (V, D) fp32 receives the weight's gradient in place."""
+    return functional.embedding(ids, weight) if main_grad is None else _Accumulating.apply(ids, weight, main_grad)

@@ -1,18 +1,40 @@
-"""temporary stand-in by the lead until the real file is written: overwrite it"""
+"""A matrix product whose weight gradient accumulates in the arena. The GEMMs are torch's.
+
+    y = x W^T;   dx = dy W;   dW += dy^T x
+
+x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32: where the dtypes agree the product is accumulated by the GEMM
+itself (beta = 1, no further pass over dW); a bf16 product is rounded once and then added.
+"""
+
+from typing import Any
 
 import torch
-class _L(torch.autograd.Function):
+from torch import Tensor
+from torch.nn import functional
+
+
+class _Accumulating(torch.autograd.Function):
     @staticmethod
-    def forward(ctx,x,w,mg):
-        ctx.save_for_backward(x,w); ctx.mg=mg
-        return x@w.t()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.main_grad = main_grad
+        return functional.linear(x, weight)
+
     @staticmethod
-    def backward(ctx,dy):
-        x,w=ctx.saved_tensors
-        dx=dy@w
-        dw=dy.flatten(0,-2).t()@x.flatten(0,-2)
-        ctx.mg.add_(dw)
-        return dx,None,None
-def linear(x,weight,*,main_grad=None):
-    if main_grad is None: return x@weight.t()
-    return _L.apply(x,weight,main_grad)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        accumulate_product(ctx.main_grad, dy.flatten(0, -2), x.flatten(0, -2))
+        return dy @ weight, None, None
+
+
+def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
+    """main_grad (N, K) += dy^T x for dy (M, N) and x (M, K)."""
+    if main_grad.dtype == dy.dtype:
+        main_grad.addmm_(dy.t(), x)
+    else:
+        main_grad.add_(dy.t() @ x)
+
+
+def linear(x: Tensor, weight: Tensor, *, main_grad: Tensor | None = None) -> Tensor:
+    """x (..., K) times the transpose of weight (N, K); `main_grad` (N, K) fp32 receives the weight's gradient in place."""
+    return functional.linear(x, weight) if main_grad is None else _Accumulating.apply(x, weight, main_grad)

@@ -1,28 +1,166 @@
-"""temporary stand-in by the lead until the real file is written: overwrite it"""
+"""Head and cross-entropy in one op that never holds all logits.
+
+    z = scale * (x W^T), columns >= valid_vocab at -inf;   l = logsumexp(z) - z[target] + z_loss * logsumexp(z)^2
+    loss = loss_weight * sum of l over the targets that are not ignore_index
+    dz = loss_weight * ((1 + 2 z_loss logsumexp(z)) softmax(z) - onehot(target));   dx = scale dz W;   dW += scale dz^T x
+
+x: (N, D), W: (V, D), targets: (N,) int64. Products are in the dtype of x, softmax in fp32 (fp64 for fp64). Rows are worked on in
+chunks; when gradients are wanted they are made in the same pass, dz in place of z, dW accumulated in fp32. Reference only.
+"""
+
+from typing import Any
 
 import torch
-def _losses(x,w,t,s,valid,ig,z):
-    logits=(x@w.t()).to(torch.promote_types(x.dtype,torch.float32))*s
-    if valid is not None: logits=logits.masked_fill(torch.arange(w.shape[0],device=x.device)>=valid,float("-inf"))
-    lse=logits.logsumexp(-1); keep=t!=ig
-    l=lse-logits.gather(1,t.clamp(min=0)[:,None])[:,0]+z*lse**2
-    return torch.where(keep,l,0.)
-class _F(torch.autograd.Function):
+from torch import Tensor
+
+from hyperllama.kernels.backend import define, wide
+from hyperllama.kernels.linear import accumulate_product
+
+CHUNK_BYTES = 1 << 26  # of fp32 logits at a time ...
+LEAST_ROWS = 1024  # ... but no fewer rows: every chunk reads and writes all of dW, 295 MB at V = 128256, D = 576
+
+
+def _chunks(n_rows: int, vocab: int) -> list[slice]:
+    rows = max(LEAST_ROWS, CHUNK_BYTES // (4 * vocab))
+    return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
+
+
+def _row_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: float, valid_vocab: int | None, ignore_index: int, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For some rows: losses, logits (fp32), logsumexp, and which targets count."""
+    logits = (x @ weight.t()).to(wide(x.dtype))
+    if scale != 1.0:
+        logits *= scale
+    if valid_vocab is not None:
+        logits[:, valid_vocab:] = float("-inf")
+    counted = targets != ignore_index
+    lse = logits.logsumexp(-1)
+    losses = lse - logits.gather(1, torch.where(counted, targets, 0)[:, None]).squeeze(1)
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    return losses.masked_fill(~counted, 0.0), logits, lse, counted
+
+
+def linear_cross_entropy_reference(
+    x: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor, loss_weight: float, scale: float, valid_vocab: int | None,
+    ignore_index: int, z_loss: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss, dx) in plain torch; dW is added to `dweight` (V, D) fp32 in place."""
+    loss = torch.zeros((), dtype=wide(x.dtype), device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows in _chunks(x.shape[0], weight.shape[0]):
+        losses, z, lse, counted = _row_losses(x[rows], weight, targets[rows], scale, valid_vocab, ignore_index, z_loss)
+        loss += losses.sum()
+        dz = z.sub_(lse[:, None]).exp_()
+        if z_loss:
+            dz *= (1 + 2 * z_loss * lse)[:, None]
+        index = torch.where(counted, targets[rows], 0)[:, None]
+        dz.scatter_add_(1, index, torch.full_like(index, -1, dtype=dz.dtype))
+        dz *= (counted * (loss_weight * scale))[:, None]
+        dz = dz.to(x.dtype)
+        torch.mm(dz, weight, out=dx[rows])
+        accumulate_product(dweight, dz, x[rows])
+    return loss * loss_weight, dx
+
+
+def _functional(
+    x: Tensor, weight: Tensor, targets: Tensor, loss_weight: float, scale: float, valid_vocab: int | None, ignore_index: int,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dweight = torch.zeros(weight.shape, dtype=wide(weight.dtype), device=weight.device)
+    loss, dx = linear_cross_entropy_reference(
+        x, weight, targets, dweight, loss_weight, scale, valid_vocab, ignore_index, z_loss
+    )
+    return loss, dx, dweight
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], output[2])
+    ctx.dtype = inputs[1].dtype
+
+
+def _gradients(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+    dx, dweight = ctx.saved_tensors
+    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(ctx.dtype), None, None, None, None, None, None
+
+
+_OPTIONS = "float loss_weight, float scale, int? valid_vocab, int ignore_index, float z_loss"
+_linear_cross_entropy = define(
+    f"linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _functional,
+    lambda x, weight, targets, *options: (
+        x.new_empty((), dtype=wide(x.dtype)),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        weight.new_empty(weight.shape, dtype=wide(weight.dtype)),
+    ),
+)
+torch.library.register_autograd("hyperllama::linear_cross_entropy", _gradients, setup_context=_setup)
+_accumulate = define(
+    f"linear_cross_entropy_(Tensor x, Tensor weight, Tensor targets, Tensor(a!) dweight, {_OPTIONS}) -> (Tensor, Tensor)",
+    linear_cross_entropy_reference,
+    lambda x, weight, targets, dweight, *options: (
+        x.new_empty((), dtype=wide(x.dtype)),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    ),
+)
+
+
+class _Accumulating(torch.autograd.Function):
+    """Gradients are made in the forward: dW is already in the arena when the backward only hands dx on."""
+
     @staticmethod
-    def forward(ctx,x,w,t,mg,lw,s,valid,ig,z):
-        with torch.enable_grad():
-            x2=x.detach().requires_grad_(); w2=w.detach().requires_grad_()
-            loss=_losses(x2,w2,t,s,valid,ig,z).sum()*lw
-            gx,gw=torch.autograd.grad(loss,(x2,w2))
-        mg.add_(gw); ctx.save_for_backward(gx)
-        return loss.detach()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, main_grad: Tensor, *options: Any) -> Tensor:
+        loss, dx = _accumulate(x, weight, targets, main_grad, *options)
+        ctx.dx = dx
+        return loss
+
     @staticmethod
-    def backward(ctx,g):
-        return (ctx.saved_tensors[0]*g,)+(None,)*8
-def linear_cross_entropy(x,weight,targets,*,loss_weight=1.0,logit_scale=1.0,valid_vocab=None,ignore_index=-100,z_loss=0.0,main_grad=None,chunk_bytes=2**26):
-    if main_grad is not None and torch.is_grad_enabled():
-        return _F.apply(x,weight,targets,main_grad,loss_weight,logit_scale,valid_vocab,ignore_index,z_loss)
-    return _losses(x,weight,targets,logit_scale,valid_vocab,ignore_index,z_loss).sum()*loss_weight
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if ctx.dx is None:
+            raise RuntimeError("linear_cross_entropy: a second backward would miss the gradient already accumulated")
+        dx, ctx.dx = ctx.dx, None
+        return dx, *(None,) * 8
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, loss_weight: float = 1.0, logit_scale: float = 1.0,
+    valid_vocab: int | None = None, ignore_index: int = -100, z_loss: float = 0.0, main_grad: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`loss_weight` times the summed cross-entropy, in nats, of targets (N,) under the head weight (V, D) at x (N, D).
+
+    Returns a scalar in fp32 (fp64). With `main_grad` (V, D) fp32 the weight's gradient is added to it in the forward; then
+    `loss_weight` must hold the whole scale, as the upstream gradient is taken to be 1, and a second backward raises.
+    Raises ValueError when shapes do not fit.
+    """
+    _check(x, weight, targets)
+    options = (loss_weight, logit_scale, valid_vocab, ignore_index, z_loss)
+    if not torch.is_grad_enabled():
+        losses = token_losses(
+            x, weight, targets, logit_scale=logit_scale, valid_vocab=valid_vocab, ignore_index=ignore_index, z_loss=z_loss
+        )
+        return losses.sum() * loss_weight
+    if main_grad is None:
+        return torch.ops.hyperllama.linear_cross_entropy(x, weight, targets, *options)[0]
+    return _Accumulating.apply(x, weight, targets, main_grad, *options)
+
+
 @torch.no_grad()
-def token_losses(x,weight,targets,*,logit_scale=1.0,valid_vocab=None,ignore_index=-100,z_loss=0.0,chunk_bytes=2**26):
-    return _losses(x,weight,targets,logit_scale,valid_vocab,ignore_index,z_loss)
+def token_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, *, logit_scale: float = 1.0, valid_vocab: int | None = None,
+    ignore_index: int = -100, z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The loss of every target (N,), fp32 (fp64) in nats; 0 where it is ignored. No gradients."""
+    _check(x, weight, targets)
+    out = torch.empty(targets.shape, dtype=wide(x.dtype), device=x.device)
+    for rows in _chunks(x.shape[0], weight.shape[0]):
+        out[rows] = _row_losses(x[rows], weight, targets[rows], logit_scale, valid_vocab, ignore_index, z_loss)[0]
+    return out
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1:] != weight.shape[1:] or targets.shape != x.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}; "
+            "expected (N, D), (V, D), (N,)"
+        )

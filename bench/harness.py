@@ -1,0 +1,376 @@
+"""The one timer and the one results file of every benchmark here.
+
+Providers of a case are timed in turns, in an order that rotates every round, so that drift (clocks, heat, neighbours)
+meets all alike. A provider's time is the median over rounds; its ratio is the median of the rounds' own ratios, reference
+time / provider time, so above 1 is faster than the reference. Intervals are binomial (order-statistic) 95 % intervals of
+those medians: nothing is assumed about the distribution. Only a provider whose output passed the case's check has a ratio.
+
+    python -m bench.harness [--quick] [--device cuda] [--cold] [--graph] [--out bench/results]
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+
+from .environment import device_slug, environment, without_paths
+
+SCHEMA = 1
+FLUSH_BYTES = 256 << 20  # over three times a GPU's L2 (H200: 50 MB) and above the L3 of most CPUs
+
+Thunk = Callable[[], Any]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, the same for all providers.
+
+    `flops` and `bytes` are what the problem needs (FLOPs of its matrix products; least traffic), whatever a provider
+    does. `providers` maps a name to a set-up that returns the thunk to time; the first one is the reference. A thunk
+    returns its output, and `check(output, reference's output)` says why it is wrong, or None.
+    """
+
+    name: str
+    params: dict[str, int | float | str]
+    flops: int
+    bytes: int
+    providers: dict[str, Callable[[], Thunk]]
+    check: Callable[[Any, Any], str | None] | None = None
+
+    @property
+    def reference(self) -> str:
+        """The provider that ratios are against."""
+        return next(iter(self.providers))
+
+
+class Clock(Protocol):
+    """What measures."""
+
+    def seconds(self, thunk: Thunk, repeats: int) -> float:
+        """Seconds that `repeats` calls take."""
+
+
+@dataclass
+class CpuClock:
+    """Wall time; `now=time.process_time` counts CPU time of all threads. `flush` runs before every call, untimed."""
+
+    flush: Thunk | None = None
+    now: Callable[[], float] = time.perf_counter
+
+    def seconds(self, thunk: Thunk, repeats: int) -> float:
+        """Seconds that `repeats` calls take."""
+        total, (pieces, calls) = 0.0, (repeats, 1) if self.flush else (1, repeats)
+        for _ in range(pieces):
+            if self.flush:
+                self.flush()
+            begin = self.now()
+            for _ in range(calls):
+                thunk()
+            total += self.now() - begin
+        return total
+
+
+@dataclass
+class CudaClock:
+    """Time on the current CUDA device, between events. `flush` runs before every call, untimed."""
+
+    flush: Thunk | None = None
+
+    def seconds(self, thunk: Thunk, repeats: int) -> float:
+        """Seconds that `repeats` calls take."""
+        pieces, calls = (repeats, 1) if self.flush else (1, repeats)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(pieces)]
+        for begin, end in events:
+            if self.flush:
+                self.flush()
+            begin.record()
+            for _ in range(calls):
+                thunk()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in events) / 1000
+
+
+def make_clock(device: str = "cpu", *, cold: bool = False, cpu_time: bool = False) -> Clock:
+    """The clock of a device. `cold` sweeps the caches before every call; `cpu_time` counts CPU time, not wall time."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_ if cold else None
+    if torch.device(device).type == "cuda":
+        return CudaClock(flush)
+    return CpuClock(flush, time.process_time if cpu_time else time.perf_counter)
+
+
+def graphed(thunk: Thunk) -> Thunk:
+    """The thunk captured as a CUDA graph: no launch time of the host is left in it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        thunk()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        thunk()
+    return graph.replay
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> dict[str, float | None]:
+    """Median of samples and its interval: order statistics k and n+1-k, with the largest k that covers `confidence`.
+
+    The distribution's median is below the k-th of n samples with probability P(Binomial(n, 1/2) < k). Fewer than six
+    samples have no 95 % interval: None.
+    """
+    ordered, n = sorted(samples), len(samples)
+    k, below = 0, 0.0
+    while k < n and 2 * (below + math.comb(n, k) / 2**n) <= 1 - confidence:
+        below += math.comb(n, k) / 2**n
+        k += 1
+    low, high = (ordered[k - 1], ordered[n - k]) if k else (None, None)
+    return {"median": median(ordered), "low": low, "high": high}
+
+
+def run(
+    case: Case,
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    device: str = "cpu",
+    cold: bool = False,
+    graph: bool = False,
+    cpu_time: bool = False,
+    min_sample: float = 2e-3,
+    clock: Clock | None = None,
+) -> Result:
+    """Time the providers of a case in turns; one entry of `results` in the results file.
+
+    A sample is the mean of as many calls as last `min_sample` seconds. `warmup` rounds are not kept. A provider that
+    raises is left out, with its reason; one that fails the check is timed but has no ratio. A case without a check has
+    no ratios.
+    """
+    clock = clock or make_clock(device, cold=cold, cpu_time=cpu_time)
+    thunks, reasons = _prepare(case, graph)
+    repeats: dict[str, int] = {}
+    samples: dict[str, dict[int, float]] = {name: {} for name in thunks}
+    for turn in range(-warmup, rounds):
+        for name in rotated(list(thunks), turn):
+            try:
+                if name not in repeats:
+                    repeats[name] = _repeats(clock, thunks[name], min_sample)
+                took = clock.seconds(thunks[name], repeats[name]) / repeats[name]
+            except Exception as error:  # a provider that cannot run here is a result, not the end of the benchmark
+                reasons[name] = _reason(error)
+                del thunks[name], samples[name]
+                continue
+            if turn >= 0:
+                samples[name][turn] = took
+    base = samples.get(case.reference)
+    providers: dict[str, Any] = {}
+    for name in case.providers:
+        reason, ratio = reasons.get(name), None
+        if name in samples and reason is None and base is None:
+            reason = f"no ratio: the reference {case.reference} did not run"
+        if name in samples and reason is None and base is not None:
+            ratio = median_interval([base[turn] / took for turn, took in samples[name].items()])
+        providers[name] = {
+            "reason": reason,
+            "repeats": repeats.get(name) if name in samples else None,
+            "samples": list(samples[name].values()) if name in samples else [],
+            "seconds": median_interval(list(samples[name].values())) if name in samples else None,
+            "ratio": ratio,
+        }
+    return {
+        "case": case.name, "params": case.params, "flops": case.flops, "bytes": case.bytes, "reference": case.reference,
+        "device": device, "cold": cold, "graph": graph, "cpu_time": cpu_time, "rounds": rounds, "providers": providers,
+    }  # fmt: skip
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """The order of a round: every provider goes first, second, ... equally often."""
+    start = turn % len(names) if names else 0
+    return names[start:] + names[:start]
+
+
+def _prepare(case: Case, graph: bool) -> tuple[dict[str, Thunk], dict[str, str]]:
+    """Set up and check every provider: (thunks of those that run, reasons against a ratio)."""
+    thunks: dict[str, Thunk] = {}
+    reasons: dict[str, str] = {}
+    expected: Any = None
+    for name, setup in case.providers.items():
+        try:
+            thunk = setup()
+            output = thunk()
+            if name == case.reference:
+                expected = output
+            elif case.reference in thunks:
+                wrong = case.check(output, expected) if case.check else "the case has no check"
+                if wrong:
+                    reasons[name] = f"no ratio: {wrong}"
+            thunks[name] = graphed(thunk) if graph else thunk
+        except Exception as error:
+            reasons[name] = _reason(error)
+    return thunks, reasons
+
+
+def _repeats(clock: Clock, thunk: Thunk, min_sample: float) -> int:
+    """How many calls last `min_sample` seconds; doubles until a measurement is long enough to tell."""
+    count = 1
+    while (took := clock.seconds(thunk, count)) < min_sample and count < 1 << 20:
+        count *= 2 if took <= 0 else min(16, max(2, math.ceil(min_sample / took)))
+    return count
+
+
+def _reason(error: Exception) -> str:
+    """The error's first line, without the paths of this machine."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {without_paths(first)}"
+
+
+def copy_bandwidth(device: str = "cpu", size: int = FLUSH_BYTES, rounds: int = 9) -> dict[str, Any]:
+    """Bytes per second of a plain copy on a device, reads and writes counted: the roof of anything memory-bound."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    case = Case("copy", {}, 0, 2 * size, {"copy": lambda: lambda: target.copy_(source)})
+    seconds = run(case, rounds=rounds, device=device)["providers"]["copy"]["seconds"]["median"]
+    return {"bytes": 2 * size, "seconds": seconds, "bytes_per_second": 2 * size / seconds}
+
+
+def matmul_rate(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, rounds: int = 9
+) -> dict[str, Any]:
+    """FLOPs per second of torch's square matrix product on a device: the roof of anything compute-bound."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    flops = 2 * size**3
+    case = Case("matmul", {}, flops, 0, {"matmul": lambda: lambda: torch.mm(a, b, out=out)})
+    seconds = run(case, rounds=rounds, device=device)["providers"]["matmul"]["seconds"]["median"]
+    kind = str(dtype).removeprefix("torch.")
+    return {"dtype": kind, "size": size, "flops": flops, "seconds": seconds, "flops_per_second": flops / seconds}
+
+
+def write_results(path: str | Path, results: list[Result], roofs: dict[str, Any] | None = None) -> None:
+    """Write a results file, whole or not at all: date, command, environment, roofs measured in the same run, results."""
+    path, program = Path(path), Path(sys.argv[0]).name
+    document = {
+        "schema": SCHEMA,
+        "date": datetime.date.today().isoformat(),
+        "command": [program, *map(without_paths, sys.argv[1:])],
+        "environment": environment(results[0]["device"] if results else "cpu"),
+        "roofs": roofs or {},
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises ValueError when it has another schema.
+    """
+    document = json.loads(Path(path).read_text(encoding="utf-8"))
+    if document.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {document.get('schema')}, {SCHEMA} was expected")
+    return document
+
+
+def table(results: list[Result]) -> str:
+    """The results for a person: time, rates and ratio, each with its interval."""
+    lines = [["", "time", "95 % interval", "GB/s", "GFLOP/s", "ratio", "95 % interval", ""]]
+    for result in results:
+        shape = " ".join(f"{key}={value}" for key, value in result["params"].items())
+        marks = [mark for mark in ("cold", "graph", "cpu_time") if result[mark]]
+        lines.append([" ".join([result["case"], shape, *marks])])
+        for name, found in result["providers"].items():
+            took, ratio = found["seconds"], found["ratio"]
+            cells = ["-"] * 6
+            if took:
+                rates = [result[key] / took["median"] / 1e9 for key in ("bytes", "flops")]
+                span = f"{_time(took['low'])} - {_time(took['high'])}" if took["low"] is not None else "-"
+                cells[:4] = [_time(took["median"]), span, *(f"{rate:.4g}" if rate else "-" for rate in rates)]
+            if ratio:
+                span = f"{ratio['low']:.3f} - {ratio['high']:.3f}" if ratio["low"] is not None else "-"
+                cells[4:] = [f"{ratio['median']:.3f}", span]
+            lines.append([f"  {name}", *cells, found["reason"] or ""])
+    columns = [line for line in lines if len(line) > 1]
+    widths = [max(len(line[i]) for line in columns) for i in range(7)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:7], widths[1:]), *line[7:]]).rstrip()
+        for line in lines
+    )
+
+
+def _time(seconds: float) -> str:
+    scale, unit = next((item for item in ((1, "s"), (1e3, "ms")) if seconds * item[0] >= 1), (1e6, "us"))
+    return f"{seconds * scale:.4g} {unit}"
+
+
+def rms_norm_case(device: str, rows: int = 4096, hidden: int = 576) -> Case:
+    """RMS norm of (rows, hidden): the plain-torch reference against the device's own kernel."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    x, weight = torch.randn(rows, hidden, device=device).to(dtype), torch.ones(hidden, device=device, dtype=dtype)
+
+    def provider(backend: str) -> Callable[[], Thunk]:
+        def setup() -> Thunk:
+            from hyperllama.kernels.backend import use
+            from hyperllama.kernels.rms_norm import rms_norm
+
+            def thunk() -> Any:
+                with use(backend):
+                    return rms_norm(x, weight, 1e-5)
+
+            return thunk
+
+        return setup
+
+    def check(output: torch.Tensor, expected: torch.Tensor) -> str | None:
+        error = (output.double() - expected.double()).norm() / expected.double().norm()
+        limit = 4 * torch.finfo(dtype).eps
+        return None if error <= limit else f"relative error {error:.2g}, at most {limit:.2g} was expected"
+
+    own = "triton" if device.startswith("cuda") else "csrc"
+    traffic = (2 * rows * hidden + hidden) * dtype.itemsize
+    params: dict[str, int | float | str] = {"rows": rows, "hidden": hidden, "dtype": str(dtype).removeprefix("torch.")}
+    return Case("rms_norm", params, 0, traffic, {name: provider(name) for name in ("reference", own)}, check)
+
+
+def main() -> None:
+    """Demonstrate the harness on rms_norm."""
+    parser = argparse.ArgumentParser(description="Time rms_norm against its reference, with the roofs of this device.")
+    parser.add_argument("--quick", action="store_true", help="15 rounds instead of 51")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cold", action="store_true", help="sweep the caches before every call")
+    parser.add_argument("--graph", action="store_true", help="time CUDA graphs")
+    parser.add_argument("--out", type=Path, help="write <out>/<device>/harness.json")
+    arguments = parser.parse_args()
+    device, cuda = arguments.device, arguments.device.startswith("cuda")
+    dtype, size = (torch.bfloat16, 8192) if cuda else (torch.float32, 1024)
+    roofs = {"copy": copy_bandwidth(device), "matmul": matmul_rate(device, dtype, size)}
+    rounds = 15 if arguments.quick else 51
+    results = [run(rms_norm_case(device), rounds=rounds, device=device, cold=arguments.cold, graph=arguments.graph)]
+    print(table(results))
+    print(
+        f"copy {roofs['copy']['bytes_per_second'] / 1e9:.4g} GB/s, "
+        f"{roofs['matmul']['dtype']} matmul {roofs['matmul']['flops_per_second'] / 1e9:.4g} GFLOP/s"
+    )
+    if arguments.out:
+        path = arguments.out / device_slug(environment(device)["device"]) / "harness.json"
+        write_results(path, results, roofs)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

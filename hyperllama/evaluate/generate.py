@@ -1,0 +1,45 @@
+"""Text from a prompt, one token at a time; the whole window is computed anew for each, so it can slide."""
+
+import torch
+
+from hyperllama.data.tokenizer import Tokenizer
+from hyperllama.errors import HyperLlamaError
+from hyperllama.evaluate.score import start_token
+from hyperllama.model import Llama
+
+
+@torch.no_grad()
+def generate(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    start: int | None = None,
+) -> str:
+    """Continue `prompt` by up to `max_tokens` tokens, or until EOS; returns the continuation alone.
+
+    `temperature` 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature) in fp64 with
+    `seed`. `start` stands before the prompt (default: see start_token); what is further back than the model's window is
+    forgotten. Raises HyperLlamaError for a negative temperature.
+    """
+    if temperature < 0:
+        raise HyperLlamaError(f"temperature is {temperature}; it must not be negative")
+    generator = torch.Generator().manual_seed(seed)
+    window, device = model.config.max_position_embeddings, model.arena.weights.device
+    before = tokenizer.encode(prompt)
+    ids = [start_token(tokenizer) if start is None else start, *before]
+    for _ in range(max_tokens):
+        hidden = model(torch.tensor([ids[-window:]], device=device))
+        logits = model.logits(hidden[0, -1]).double().cpu()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        if token == tokenizer.eos_id:
+            break
+        ids.append(token)
+    # some tokenizers decode the first word without its space: decode the whole and cut the prompt off
+    return tokenizer.decode(ids[1:])[len(tokenizer.decode(before)) :]

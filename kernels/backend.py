@@ -1,0 +1,188 @@
+"""Which implementation of an op runs, and how an op is made known to torch.
+
+The choice is made per call, by device: CUDA tensors go to Triton, CPU tensors to csrc (fp32 and bf16), everything else to the
+plain-torch reference. An op that has no kernel of its own yet has only its reference. `use` and HYPERLLAMA_BACKEND force one.
+"""
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperllama.errors import HyperLlamaError
+
+try:  # importing the package works without Triton; asking for a Triton kernel says what is missing
+    import triton
+    import triton.language as tl
+
+    jit, constexpr = triton.jit, tl.constexpr
+except ImportError:
+    triton = tl = None
+
+    def jit(function: Any) -> Any:
+        """Leave a kernel as it is: without Triton it is never launched."""
+        return function
+
+    constexpr = object
+
+BACKENDS = ("reference", "csrc", "triton")
+LIBRARY = torch.library.Library("hyperllama", "FRAGMENT")
+_forced: ContextVar[str | None] = ContextVar("hyperllama_backend", default=None)
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one implementation inside the block: `reference`, `csrc` or `triton`.
+
+    Raises HyperLlamaError for another name; a missing implementation is named when an op needs it.
+    """
+    token = _forced.set(_known(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise HyperLlamaError(f"{name!r} is not a backend; one of {', '.join(BACKENDS)} was expected")
+    return name
+
+
+def choose(implementations: Mapping[str, Callable[..., Any]], x: Tensor) -> Callable[..., Any]:
+    """The implementation that runs for tensors like `x`.
+
+    Raises HyperLlamaError when the forced one, or Triton for a CUDA tensor, is not there.
+    """
+    name = _forced.get() or os.environ.get("HYPERLLAMA_BACKEND")
+    if name:
+        if _known(name) == "triton" and triton is None:
+            raise HyperLlamaError("the backend triton was asked for, but Triton is not installed: pip install triton")
+        if name == "csrc" and library() is None:
+            raise HyperLlamaError("the backend csrc was asked for, but hyperllama was installed without a C++ compiler")
+        return implementations.get(name, implementations["reference"])
+    if x.is_cuda and "triton" in implementations and x.dtype != torch.float64:
+        if triton is None:
+            raise HyperLlamaError("CUDA tensors need Triton, which is not installed: pip install triton")
+        return implementations["triton"]
+    if x.device.type == "cpu" and "csrc" in implementations and x.dtype in (torch.float32, torch.bfloat16) and library():
+        return implementations["csrc"]
+    return implementations["reference"]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """csrc for this CPU, or None (said once) when hyperllama was installed without a compiler.
+
+    torch is imported before it is loaded, so that both use the one OpenMP runtime that torch brings.
+    """
+    level = {"AVX512": "v4", "AVX2": "v3"}.get(torch.backends.cpu.get_cpu_capability(), "base")
+    for folder in _library_folders():
+        for name in dict.fromkeys((level, "base")):
+            if (folder / f"hyperllama_{name}.so").is_file():
+                return ctypes.CDLL(str(folder / f"hyperllama_{name}.so"))
+    logging.getLogger("hyperllama").warning("hyperllama has no compiled csrc (no C++ compiler?): CPU ops run as plain torch")
+    return None
+
+
+def _library_folders() -> list[Path]:
+    """Where an installed or an editable package has its libraries."""
+    import hyperllama
+
+    folders = [Path(path) / "lib" for path in hyperllama.__path__]
+    try:
+        from importlib.metadata import files
+
+        folders += [Path(str(file.locate())).parent for file in files("hyperllama") or () if file.name.startswith("hyperllama_")]
+    except ImportError:  # PackageNotFoundError: used from a checkout, never installed
+        pass
+    return folders
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """A tensor's data for csrc; a null pointer for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A launcher and the op `hyperllama::<name>` it is registered as."""
+
+    launch: Callable[..., Any]
+    registered: Callable[..., Any]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Launch it; torch.compile and export see the registered op."""
+        return self.registered(*inputs) if torch.compiler.is_compiling() else self.launch(*inputs)
+
+
+def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Kernel:
+    """Register `hyperllama::<schema>` with one launcher for all devices, and its shape function."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hyperllama::{name}", fake, lib=LIBRARY)
+    return Kernel(launch, getattr(torch.ops.hyperllama, name))
+
+
+class Differentiable:
+    """A kernel with gradients: eager calls skip the dispatcher, torch.compile and export see registered ops only.
+
+    `setup(ctx, inputs, output)` is as torch.library.register_autograd takes it; `gradients(run, ctx, *grads)` gives one
+    gradient per input and calls the backward kernel as `run`. With a `main_grad`, the gradient of input number `weight` is
+    added to it in place (fp32 accumulation into the arena) and that input gets none.
+    """
+
+    def __init__(
+        self,
+        forward: Kernel,
+        backward: Kernel,
+        setup: Callable[..., None],
+        gradients: Callable[..., tuple[Any, ...]],
+        weight: int | None = None,
+    ):
+        self.registered = forward.registered
+        name = str(forward.registered).removeprefix("hyperllama.")
+        torch.library.register_autograd(
+            f"hyperllama::{name}", lambda ctx, *grads: gradients(backward.registered, ctx, *grads), setup_context=setup, lib=LIBRARY
+        )
+
+        class Eager(torch.autograd.Function):
+            @staticmethod
+            def forward(*inputs: Any) -> Any:
+                return forward.launch(*inputs[:-1])
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                ctx.main_grad = inputs[-1]
+                setup(ctx, inputs[:-1], output)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                result = [*gradients(backward.launch, ctx, *grads), None]
+                if ctx.main_grad is not None and weight is not None:
+                    ctx.main_grad.add_(result[weight])
+                    result[weight] = None
+                return tuple(result)
+
+        self.eager = Eager
+
+    def __call__(self, *inputs: Any, main_grad: Tensor | None = None) -> Any:
+        """Run the op; `main_grad` receives the weight's gradient in place."""
+        if torch.compiler.is_compiling() and main_grad is None:
+            return self.registered(*inputs)
+        return self.eager.apply(*inputs, main_grad)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that arithmetic and gradients of `dtype` are in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
