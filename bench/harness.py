@@ -1,9 +1,10 @@
 """The one timer and the one results file of every benchmark here.
 
 Providers of a case are timed in turns, in an order that rotates every round, so that drift (clocks, heat, neighbours)
-meets all alike. A provider's time is the median over rounds; its ratio is the median of the rounds' own ratios, reference
-time / provider time, so above 1 is faster than the reference. Intervals are binomial (order-statistic) 95 % intervals of
-those medians: nothing is assumed about the distribution. Only a provider whose output passed the case's check has a ratio.
+meets all alike. A provider's time is the median over rounds; its ratio is the median of the rounds' own ratios,
+reference time / provider time, so above 1 is faster than the reference. Intervals are binomial (order-statistic) 95 %
+intervals of those medians: nothing is assumed about the distribution. Only a provider whose output passed the case's
+check has a ratio.
 
     python -m bench.harness [--quick] [--device cuda] [--cold] [--graph] [--out bench/results]
 """
@@ -257,7 +258,7 @@ def matmul_rate(
 
 
 def write_results(path: str | Path, results: list[Result], roofs: dict[str, Any] | None = None) -> None:
-    """Write a results file, whole or not at all: date, command, environment, roofs measured in the same run, results."""
+    """Write a results file, whole or not at all; `roofs` are rates of the device, measured in the same run."""
     path, program = Path(path), Path(sys.argv[0]).name
     document = {
         "schema": SCHEMA,

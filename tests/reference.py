@@ -42,7 +42,7 @@ def random_ids(config: ModelConfig, *size: int, seed: int = 1) -> Tensor:
 
 
 def transformers_llama(model: Llama) -> LlamaForCausalLM:
-    """The same weights in transformers, in the same dtype; in fp64 its norms and RoPE, which round to fp32, don't."""
+    """The same weights in transformers, in the same dtype; in fp64 its norms, which would round to fp32, are redone."""
     c, dtype = model.config, model.arena.dtype
     theirs = LlamaForCausalLM(
         LlamaConfig(
@@ -58,23 +58,9 @@ def transformers_llama(model: Llama) -> LlamaForCausalLM:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs.load_state_dict(weights)
     if dtype == torch.float64:
-        _without_fp32(theirs, c)
+        for norm in (module for module in theirs.modules() if isinstance(module, LlamaRMSNorm)):
+            norm.forward = lambda x, m=norm: m.weight * x * (x.pow(2).mean(-1, True) + m.variance_epsilon).rsqrt()
     return theirs
-
-
-def _without_fp32(theirs: LlamaForCausalLM, config: ModelConfig) -> None:
-    def rope(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-        angles = position_ids[..., None].double() * config.rope_theta**-steps
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
-
-    theirs.model.rotary_emb.forward = rope
-    for module in theirs.modules():
-        if isinstance(module, LlamaRMSNorm):
-            module.forward = lambda x, m=module: (
-                m.weight * x / (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).sqrt()
-            )
 
 
 def their_logits(theirs: LlamaForCausalLM, config: ModelConfig, ids: Tensor) -> Tensor:

@@ -263,7 +263,9 @@ def _growing(view: View) -> list[Finding]:
         if grown is not None and before is not None:
             noise = view.results.get("noise_db")
             how = "without noise" if noise is None else f"with noise at {noise:g} dB"
+            same = f"left {language_name(view.base)} at {before:.3f} bits per byte"
             moved = f"moved {language_name(view.base)} from {before:.3f} to {grown:.3f} bits per byte"
+            moved = same if f"{before:.3f}" == f"{grown:.3f}" else moved
             sentences.append(("Growing alone", f"Growing the finished 1x model, {how} and without training, {moved}."))
     return sentences
 

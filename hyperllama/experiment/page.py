@@ -269,6 +269,10 @@ footer {
   margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule); color: var(--soft);
   font-size: .85rem;
 }
+@media screen and (min-width: 66rem) {
+  .scroll { margin-right: calc((58rem - 100vw) / 2 + 1.25rem); }
+  table { width: auto; min-width: 55.5rem; }
+}
 @media (max-width: 600px) {
   main { padding: 1.5rem 1rem 3rem; }
   section { margin-top: 2.2rem; }

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import matplotlib.style
 import numpy as np
@@ -86,7 +87,9 @@ def _png(figure: Figure, dpi: int) -> bytes:
     return buffer.getvalue()
 
 
-def _legend(figure: Figure, families: list[str], line: str = "none", extra: tuple[Line2D, ...] = ()) -> None:
+def _legend(
+    figure: Figure, families: list[str], line: Literal["-", "none"] = "none", extra: tuple[Line2D, ...] = ()
+) -> None:
     keys = [
         Line2D(
             [],

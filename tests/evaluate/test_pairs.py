@@ -1,0 +1,98 @@
+"""Minimal pairs: log-probabilities of whole sentences, ties count one half, bad files are named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from hyperllama.errors import HyperLlamaError
+from hyperllama.evaluate import evaluate_pairs, load_folder
+from hyperllama.evaluate.pairs import Pair, read_pairs
+from tests.evaluate.conftest import sentence
+
+
+def write(file: Path, pairs: list[tuple[str, str, str]]) -> Path:
+    file.write_text("\n".join(json.dumps(dict(zip(Pair._fields, pair, strict=True))) for pair in pairs))
+    return file
+
+
+@torch.no_grad()
+def log_probability(theirs: LlamaForCausalLM, ids: list[int]) -> float:
+    shares = theirs(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return float(shares[range(len(ids) - 1), ids[1:]].sum())
+
+
+def test_accuracy_equals_that_of_transformers(make_folder, tokenizer, tmp_path):
+    folder = make_folder()
+    theirs = LlamaForCausalLM.from_pretrained(folder)
+    pairs = [(sentence(2 * i, 1 + i % 4), sentence(2 * i + 1, 1 + i % 3), f"kind {i % 3}") for i in range(60)]
+    right: dict[str, list[bool]] = {}
+    for good, bad, kind in pairs:
+        sums = [log_probability(theirs, [tokenizer.eos_id, *tokenizer.encode(s)]) for s in (good, bad)]
+        right.setdefault(kind, []).append(sums[0] > sums[1])
+    got = evaluate_pairs(*load_folder(folder), write(tmp_path / "pairs.jsonl", pairs))
+    assert got["pairs"] == 60
+    assert got["accuracy"] == sum(map(sum, right.values())) / 60
+    assert 0 < got["accuracy"] < 1
+    assert got["by_phenomenon"] == {
+        kind: {"pairs": len(points), "accuracy": sum(points) / len(points)} for kind, points in sorted(right.items())
+    }
+
+
+def test_no_end_token_is_scored_so_the_beginning_of_a_sentence_is_never_less_likely(make_folder, tmp_path):
+    pairs = [(sentence(i, 1), sentence(i, 1) + " " + sentence(i + 1, 2), "prefix") for i in range(20)]
+    assert evaluate_pairs(*load_folder(make_folder()), write(tmp_path / "pairs.jsonl", pairs))["accuracy"] == 1
+
+
+def test_a_tie_counts_one_half(make_folder, tokenizer, tmp_path):
+    model, _ = load_folder(make_folder(tie_embeddings=False))
+    model.arena.logical("weights")["lm_head.weight"].zero_()  # every token is as likely as any other
+    same_length = [s for s in (sentence(i, 3) for i in range(40)) if len(tokenizer.encode(s)) == 3]
+    assert len(same_length) > 2
+    pairs = [(same_length[0], other, "tie") for other in same_length[1:] if other != same_length[0]]
+    pairs += [("the", "the old boat", "shorter"), ("the old boat", "the", "longer")]
+    got = evaluate_pairs(model, tokenizer, write(tmp_path / "pairs.jsonl", pairs))
+    accuracies = {name: group["accuracy"] for name, group in got["by_phenomenon"].items()}
+    assert accuracies == {"tie": 0.5, "shorter": 1.0, "longer": 0.0}
+
+
+def test_other_keys_and_blank_lines_are_ignored(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    line = json.dumps({"good": "a", "bad": "b", "phenomenon": "c", "lang": "isl"})
+    file.write_text(f"\ufeff{line}\r\n\n{line}\n")
+    assert read_pairs(file) == [Pair("a", "b", "c")] * 2
+
+
+GOOD = '{"good": "a", "bad": "b", "phenomenon": "c"}\n'
+MISTAKES = {
+    "no JSON": (b'{"good": ', "line 2 is not JSON"),
+    "not UTF-8": (b'{"good": "\xff"}', "line 2 is not UTF-8"),
+    "a list": (b'["a", "b"]', "line 2 is not an object"),
+    "no bad sentence": (b'{"good": "a", "phenomenon": "c"}', 'line 2 has no text under the key "bad"'),
+    "no phenomenon": (b'{"good": "a", "bad": "b"}', 'line 2 has no text under the key "phenomenon"'),
+    "a number": (b'{"good": 1, "bad": "b", "phenomenon": "c"}', 'line 2 has no text under the key "good"'),
+    "an empty sentence": (b'{"good": " ", "bad": "b", "phenomenon": "c"}', 'line 2 has no text under the key "good"'),
+    "the same sentence": (b'{"good": "a", "bad": "a", "phenomenon": "c"}', "line 2: the good and the bad"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_bad_line_is_named(line, message, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_bytes(GOOD.encode() + line)
+    with pytest.raises(HyperLlamaError) as error:
+        read_pairs(file)
+    assert message in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def test_missing_and_empty_files_are_named(tmp_path):
+    with pytest.raises(HyperLlamaError, match=r"nothing\.jsonl cannot be read: No such file"):
+        read_pairs(tmp_path / "nothing.jsonl")
+    with pytest.raises(HyperLlamaError, match="cannot be read"):
+        read_pairs(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(HyperLlamaError, match=r"empty\.jsonl holds no minimal pairs"):
+        read_pairs(tmp_path / "empty.jsonl")
