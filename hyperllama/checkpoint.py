@@ -30,7 +30,9 @@ def save_state(run: Path, step: int, arena: Arena, state: dict[str, Any], keep: 
         views = {f"{role}/{name}": view for role in ROLES for name, view in arena.logical(role).items()}  # type: ignore[arg-type]
         # as numpy arrays: safetensors' torch writer refuses views that share a buffer
         save_file({name: view.cpu().numpy() for name, view in views.items()}, str(temporary / "state.safetensors"))
-        write_json(temporary / "state.json", {"step": step, **state, "sha256": sha256_file(temporary / "state.safetensors")})
+        write_json(
+            temporary / "state.json", {"step": step, **state, "sha256": sha256_file(temporary / "state.safetensors")}
+        )
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -49,14 +51,18 @@ def load_state(folder: Path, arena: Arena) -> dict[str, Any]:
     state = read_json(folder / "state.json")
     file = folder / "state.safetensors"
     if not file.is_file() or sha256_file(file) != state.get("sha256"):
-        raise HyperLlamaError(f"{file} is damaged (its SHA-256 is not the recorded one): remove {folder} to resume before it")
+        raise HyperLlamaError(
+            f"{file} is damaged (its SHA-256 is not the recorded one): remove {folder} to resume before it"
+        )
     try:
         with safe_open(str(file), framework="pt") as handle:
             for role in ROLES:
                 for name, view in arena.logical(role).items():  # type: ignore[arg-type]
                     source = handle.get_tensor(f"{role}/{name}")
                     if source.shape != view.shape:
-                        raise HyperLlamaError(f"{file}: {role}/{name} is {tuple(source.shape)}, the model's is {tuple(view.shape)}")
+                        raise HyperLlamaError(
+                            f"{file}: {role}/{name} is {tuple(source.shape)}, the model's is {tuple(view.shape)}"
+                        )
                     view.copy_(source)
     except SafetensorError as error:
         raise HyperLlamaError(f"{file} does not belong to this model: {error}") from None

@@ -9,10 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from hyperllama import __version__
-from hyperllama.errors import HyperLlamaError
+from hyperllama.errors import HyperLlamaError, Stopped
 
 app = typer.Typer(
-    name="hyperllama", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    name="hyperllama",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Train, grow, merge, evaluate and count Llama models.",
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
@@ -23,7 +27,9 @@ app.add_typer(data_app, name="data")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -34,7 +40,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command("train")
-def train_command(recipe: Path, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False) -> None:
+def train_command(
+    recipe: Path, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False
+) -> None:
     """Run or resume the training run of a YAML recipe; torchrun starts it on several processes."""
     from hyperllama.config import load_run
 
@@ -124,9 +132,15 @@ def data_sample(
 @app.command("flops")
 def flops_command(
     source: Annotated[Path, typer.Argument(metavar="FOLDER|RECIPE", help="Model folder or training recipe.")],
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per window; default: the recipe's, or the model's longest.")] = None,
-    with_: Annotated[str | None, typer.Option("--with", metavar="grow:N", help="Also the clone by N and what both share.")] = None,
-    budget: Annotated[int | None, typer.Option(help="FLOPs: suggest a shape when the shared quantum is over 5 % of it.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per window; default: the recipe's, or the model's longest.")
+    ] = None,
+    with_: Annotated[
+        str | None, typer.Option("--with", metavar="grow:N", help="Also the clone by N and what both share.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="FLOPs: suggest a shape when the shared quantum is over 5 % of it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Count parameters and training FLOPs per window, as exact integers."""
@@ -161,7 +175,9 @@ def grow_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Hugging Face Llama folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     factor: Annotated[int, typer.Option(help="Integer by which every width grows.")] = 2,
-    noise_db: Annotated[float | None, typer.Option(help="Signal-to-noise ratio of the paired noise; default: none.")] = None,
+    noise_db: Annotated[
+        float | None, typer.Option(help="Signal-to-noise ratio of the paired noise; default: none.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -181,13 +197,17 @@ def grow_command(
     else:
         before, after = result["parameters"]["before"], result["parameters"]["after"]
         print(f"{out}: {before:,} -> {after:,} parameters")
-        print(f"largest logit difference on {verified['tokens']} random tokens, in fp32: {verified['max_logit_difference']:.3g} "
-              f"(largest logit {verified['max_logit']:.3g}): function {'preserved' if verified['preserved'] else 'NOT preserved'}")
+        print(
+            f"largest logit difference on {verified['tokens']} random tokens, in fp32: {verified['max_logit_difference']:.3g} "
+            f"(largest logit {verified['max_logit']:.3g}): function {'preserved' if verified['preserved'] else 'NOT preserved'}"
+        )
 
 
 @app.command("merge")
 def merge_command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="mergekit YAML; paths relative to the working folder.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="mergekit YAML; paths relative to the working folder.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -196,9 +216,9 @@ def merge_command(
     """Merge models by a mergekit recipe."""
     from hyperllama.merge.executor import run
     from hyperllama.merge.planner import plan
-    from hyperllama.merge.recipe import load_recipe
+    from hyperllama.merge.recipe import read_recipe
 
-    planned = plan(load_recipe(recipe), Path.cwd())
+    planned = plan(read_recipe(recipe), Path.cwd())
     if dry_run:
         _print(planned.describe() | {"writes": str(out)}, as_json)
         return
@@ -210,8 +230,12 @@ def merge_command(
 @app.command("eval")
 def eval_command(
     folder: Path,
-    text: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Text to measure bits per byte on.")] = None,
-    pairs: Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Minimal pairs, JSONL with good and bad.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE...", help="Text to measure bits per byte on.")
+    ] = None,
+    pairs: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE...", help="Minimal pairs, JSONL with good and bad.")
+    ] = None,
     seq_len: Annotated[int | None, typer.Option(help="Window in tokens; default: the model's longest.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -242,7 +266,9 @@ def generate_command(
 
 
 @app.command("experiment")
-def experiment_command(recipe: Path, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False) -> None:
+def experiment_command(
+    recipe: Path, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False
+) -> None:
     """Run or resume a whole study: scales x languages x merges at equal FLOPs, and its report."""
     from hyperllama.experiment.recipe import load_experiment
     from hyperllama.experiment.run import describe, run_experiment
@@ -343,8 +369,12 @@ def _table(rows: list[dict[str, Any]]) -> None:
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="left" if name in ("run", "name") else "right")
     for row in rows:
-        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-                        for cell in row.values()))
+        table.add_row(
+            *(
+                f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+                for cell in row.values()
+            )
+        )
     Console().print(table)
 
 
@@ -375,15 +405,15 @@ def main() -> None:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
-    except (Exception, KeyboardInterrupt) as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the command line library
-            error.show()
-            sys.exit(error.exit_code)
-        stop = error.__cause__ if type(error).__name__ == "Abort" else error  # the library wraps KeyboardInterrupt
-        if not isinstance(stop, KeyboardInterrupt):
+    except Stopped as stop:
+        _fail(str(stop), 128 + stop.signal)
+    except Exception as error:
+        if not hasattr(error, "show"):
             raise
-        number, sentence = stop.args if len(stop.args) == 2 else (2, "interrupted; nothing half-written was left")
-        _fail(sentence, 128 + number)
+        error.show()  # a usage error of the command line library
+        sys.exit(getattr(error, "exit_code", 2))
+    if code == 130:  # what the library makes of KeyboardInterrupt
+        _fail("interrupted; nothing half-written was left", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -61,13 +61,15 @@ class ModelConfig(Settings):
         A tied head's factor is multiplied along (its input grew, its shared table can't be divided).
         """
         head = self.lm_head_normalization_factor * (factor if self.tie_embeddings else 1)
-        return self.model_copy(update={
-            "hidden_size": self.hidden_size * factor,
-            "intermediate_size": self.intermediate_size * factor,
-            "num_heads": self.num_heads * factor,
-            "num_kv_heads": self.num_kv_heads * factor,
-            "lm_head_normalization_factor": head,
-        })
+        return self.model_copy(
+            update={
+                "hidden_size": self.hidden_size * factor,
+                "intermediate_size": self.intermediate_size * factor,
+                "num_heads": self.num_heads * factor,
+                "num_kv_heads": self.num_kv_heads * factor,
+                "lm_head_normalization_factor": head,
+            }
+        )
 
 
 class ModelSettings(Settings):
@@ -114,7 +116,9 @@ class SourceSettings(Settings):
     """One folder of token shards in the mixture."""
 
     path: str = Field(description="folder written by `hyperllama data build`")
-    weight: float | None = Field(None, gt=0, description="share of the windows, any scale; default: the folder's tokens")
+    weight: float | None = Field(
+        None, gt=0, description="share of the windows, any scale; default: the folder's tokens"
+    )
     max_epochs: float | None = Field(None, gt=0, description="refuse a run that would read the folder more often")
 
 
@@ -152,7 +156,9 @@ class BudgetSettings(Settings):
     def _exactly_one(self) -> "BudgetSettings":
         given = [key for key, value in self if value is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}; got {', '.join(given) or 'none'}")
+            raise ValueError(
+                f"give exactly one of {', '.join(type(self).model_fields)}; got {', '.join(given) or 'none'}"
+            )
         return self
 
 
@@ -201,7 +207,9 @@ class RunConfig(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="weights and activations; masters and moments are fp32")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="weights and activations; masters and moments are fp32"
+    )
     attention: Literal["auto", "flash_attn", "xformers", "sdpa", "triton", "reference"] = "auto"
     parallel: Literal["auto", "ddp"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -210,7 +218,9 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _one_start(self) -> "RunConfig":
         if (self.model is None) == (self.init_from is None):
-            raise ValueError("give either model (a fresh start) or init_from (the weights of a folder), not both or none")
+            raise ValueError(
+                "give either model (a fresh start) or init_from (the weights of a folder), not both or none"
+            )
         return self
 
     @field_validator("micro_batch")
@@ -258,7 +268,9 @@ def validated(model: type[T], values: Any, where: str) -> T:
             if problem["type"] == "extra_forbidden":
                 valid = _fields_at(model, problem["loc"])
                 near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.0)
-                sentences.append(f"unknown key {key}; the nearest valid key is {near[0]}" if near else f"unknown key {key}")
+                sentences.append(
+                    f"unknown key {key}; the nearest valid key is {near[0]}" if near else f"unknown key {key}"
+                )
             elif problem["type"] == "missing":
                 sentences.append(f"key {key} is missing")
             else:
@@ -288,7 +300,9 @@ def _construct_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
         return value
 
 
-_RecipeLoader.add_implicit_resolver("!exponent", __import__("re").compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_RecipeLoader.add_implicit_resolver(
+    "!exponent", __import__("re").compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 _RecipeLoader.add_constructor("!exponent", _construct_scalar)
 
 
@@ -311,7 +325,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        values = yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a SafeLoader subclass
+        values = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
         raise HyperLlamaError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input was wrong, and this sentence says how to mend it."""
+"""How work ends early: by a mistake a user can mend, or by a signal."""
 
 
 class HyperLlamaError(Exception):
@@ -6,3 +6,14 @@ class HyperLlamaError(Exception):
 
     The message names what was wrong, where (file, key, tensor) and what was expected.
     """
+
+
+class Stopped(Exception):
+    """A signal stopped the work after its state was saved; the message says how to go on.
+
+    The command line exits with 128 + `signal`: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, signal: int, sentence: str):
+        super().__init__(sentence)
+        self.signal = signal

@@ -34,7 +34,9 @@ def window_flops(
 ) -> int:
     """Training FLOPs (forward and backward) of one window of `seq_len` tokens; a forward alone is exactly a third."""
     width, heads = config.hidden_size, config.num_heads * config.head_dim
-    linear = 2 * width * heads + 2 * width * config.num_kv_heads * config.head_dim + 3 * width * config.intermediate_size
+    linear = (
+        2 * width * heads + 2 * width * config.num_kv_heads * config.head_dim + 3 * width * config.intermediate_size
+    )
     products = 6 * seq_len * (config.num_layers * linear + config.vocab_size * width)
     return products + 12 * config.num_layers * heads * attended_pairs(seq_len, convention, document_lengths)
 

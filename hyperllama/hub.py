@@ -28,8 +28,19 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 SHARD_BYTES = 5 * 10**9  # as the field's tools cut them
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_DTYPE_NAMES = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 _HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -60,7 +71,9 @@ class Folder:
         """Dtype of a tensor, read from the header."""
         code = self._slice(name).get_dtype()
         if code not in _DTYPES:
-            raise HyperLlamaError(f"{self.path}: tensor {name} has dtype {code}; weights must be one of {', '.join(_DTYPES)}")
+            raise HyperLlamaError(
+                f"{self.path}: tensor {name} has dtype {code}; weights must be one of {', '.join(_DTYPES)}"
+            )
         return _DTYPES[code]
 
     def tensor(self, name: str) -> Tensor:
@@ -225,7 +238,10 @@ def write_folder(
             files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
             for i, file in enumerate(files):
                 (folder / f"shard-{i}").rename(folder / file)
-            index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in weight_map.items()}}
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {name: files[i] for name, i in weight_map.items()},
+            }
             write_json(folder / "model.safetensors.index.json", index)
         write_json(folder / "config.json", config)
         write_json(folder / CARD, {"code_version": __version__, **card})
@@ -277,7 +293,9 @@ def read_weights(folder: Folder, config: ModelConfig, targets: dict[str, Tensor]
             target.copy_(source.to(torch.float32) * factor if name == FINAL_NORM and factor != 1.0 else source)
 
 
-def folded(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterable[tuple[str, Tensor]]:
+def folded(
+    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterable[tuple[str, Tensor]]:
     """Logical tensors as a plain Llama's: on the CPU, in `dtype`, the head factor folded into the final norm."""
     for name, tensor in tensors:
         if name == FINAL_NORM and config.lm_head_normalization_factor != 1.0:

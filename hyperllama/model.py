@@ -85,7 +85,9 @@ class Llama(nn.Module):
         self.embed, self.norm = weights["embed"], weights["norm"]
         self.head = weights.get("head", self.embed)
         self.blocks = nn.ModuleList(
-            Block(config, {key.split(".")[-1]: w for key, w in weights.items() if key.startswith(f"layers.{i}.")}, backend)
+            Block(
+                config, {key.split(".")[-1]: w for key, w in weights.items() if key.startswith(f"layers.{i}.")}, backend
+            )
             for i in range(config.num_layers)
         )
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -108,20 +110,36 @@ class Llama(nn.Module):
             stream, update = block(stream, update, at)
         return add_norm(stream, update, self.norm, self.config.rms_norm_eps)[0]
 
-    def loss(self, ids: Tensor, targets: Tensor, *, loss_weight: float, cu_seqlens: Tensor | None = None, z_loss: float = 0.0
-             ) -> Tensor:
+    def loss(
+        self, ids: Tensor, targets: Tensor, *, loss_weight: float, cu_seqlens: Tensor | None = None, z_loss: float = 0.0
+    ) -> Tensor:
         """`loss_weight` times the summed cross-entropy of `targets` (B, T), in nats; -100 takes no part."""
         hidden = self.forward(ids, cu_seqlens).flatten(0, 1)
         return linear_cross_entropy(
-            hidden, self.head, targets.flatten(), loss_weight=loss_weight, z_loss=z_loss, main_grad=self.head.main_grad,
-            **self._head_options(),
+            hidden,
+            self.head,
+            targets.flatten(),
+            loss_weight=loss_weight,
+            logit_scale=self.logit_scale,
+            valid_vocab=self.config.unpadded_vocab_size,
+            ignore_index=IGNORE,
+            z_loss=z_loss,
+            main_grad=self.head.main_grad,
         )
 
     @torch.no_grad()
     def token_losses(self, ids: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Cross-entropy of every target (B, T) fp32 in nats; 0 where the target is -100."""
         hidden = self.forward(ids, cu_seqlens).flatten(0, 1)
-        return token_losses(hidden, self.head, targets.flatten(), **self._head_options()).view(targets.shape)
+        losses = token_losses(
+            hidden,
+            self.head,
+            targets.flatten(),
+            logit_scale=self.logit_scale,
+            valid_vocab=self.config.unpadded_vocab_size,
+            ignore_index=IGNORE,
+        )
+        return losses.view(targets.shape)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V); rows that only pad the vocabulary are -inf."""
@@ -130,12 +148,10 @@ class Llama(nn.Module):
             logits[..., self.config.unpadded_vocab_size :] = float("-inf")
         return logits
 
-    def _head_options(self) -> dict[str, float | int | None]:
-        return {
-            "logit_scale": 1 / self.config.lm_head_normalization_factor,
-            "valid_vocab": self.config.unpadded_vocab_size,
-            "ignore_index": IGNORE,
-        }
+    @property
+    def logit_scale(self) -> float:
+        """What logits are multiplied by: one over the head factor of a grown tied model."""
+        return 1 / self.config.lm_head_normalization_factor
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

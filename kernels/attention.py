@@ -32,13 +32,15 @@ def attention_reference(
     qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None, backend: str
 ) -> Tensor:
     """Attention by torch's own ops: `backend` reference or sdpa."""
-    batch, seq_len, width = qkv.shape
+    batch, seq_len, _width = qkv.shape
     heads = qkv.view(batch, seq_len, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)  # (B, heads, T, h)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     mask = None if cu_seqlens is None else document_mask(cu_seqlens, batch, seq_len)
     if backend == "sdpa":
         grouped = num_heads != num_kv_heads
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
     else:
         k, v = (t.repeat_interleave(num_heads // num_kv_heads, dim=1) for t in (k, v))
         if mask is None:
@@ -50,7 +52,9 @@ def attention_reference(
     return out.transpose(1, 2).reshape(batch, seq_len, num_heads * q.shape[-1])
 
 
-def _backward(dy: Tensor, qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+def _backward(
+    dy: Tensor, qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None, backend: str
+) -> Tensor:
     """The gradient of qkv by recomputing the forward."""
     with torch.enable_grad():
         again = qkv.detach().requires_grad_()
@@ -76,7 +80,9 @@ _attention = Differentiable(
     define(
         "attention(Tensor qkv, int num_heads, int num_kv_heads, Tensor? cu_seqlens, str backend) -> Tensor",
         attention_reference,
-        lambda qkv, num_heads, num_kv_heads, cu_seqlens, backend: qkv.new_empty(_out_shape(qkv, num_heads, num_kv_heads)),
+        lambda qkv, num_heads, num_kv_heads, cu_seqlens, backend: qkv.new_empty(
+            _out_shape(qkv, num_heads, num_kv_heads)
+        ),
     ),
     define(
         "attention_backward(Tensor dy, Tensor qkv, int num_heads, int num_kv_heads, Tensor? cu_seqlens, str backend) -> Tensor",

@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and how an op is made known to torch.
 
-The choice is made per call, by device: CUDA tensors go to Triton, CPU tensors to csrc (fp32 and bf16), everything else to the
-plain-torch reference. An op that has no kernel of its own yet has only its reference. `use` and HYPERLLAMA_BACKEND force one.
+The choice is made per call, by device: CUDA tensors go to Triton, CPU tensors to csrc, everything else to the plain-torch
+reference. So do dtypes that a kernel does not take (see DTYPES), and ops that have no kernel of their own yet. `use` and
+HYPERLLAMA_BACKEND force one.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,18 @@ except ImportError:
     constexpr = object
 
 BACKENDS = ("reference", "csrc", "triton")
+DTYPES = {"csrc": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 LIBRARY = torch.library.Library("hyperllama", "FRAGMENT")
 _forced: ContextVar[str | None] = ContextVar("hyperllama_backend", default=None)
 
 
 @contextmanager
-def use(name: str) -> Iterator[None]:
-    """Force one implementation inside the block: `reference`, `csrc` or `triton`.
+def use(name: str | None) -> Iterator[None]:
+    """Force one implementation inside the block: `reference`, `csrc` or `triton`; None leaves the choice free.
 
     Raises HyperLlamaError for another name; a missing implementation is named when an op needs it.
     """
-    token = _forced.set(_known(name))
+    token = _forced.set(None if name is None else _known(name))
     try:
         yield
     finally:
@@ -61,22 +64,23 @@ def _known(name: str) -> str:
 def choose(implementations: Mapping[str, Callable[..., Any]], x: Tensor) -> Callable[..., Any]:
     """The implementation that runs for tensors like `x`.
 
-    Raises HyperLlamaError when the forced one, or Triton for a CUDA tensor, is not there.
+    Raises HyperLlamaError when the forced one, or Triton for a CUDA tensor, is not there or can't run on x's device.
     """
-    name = _forced.get() or os.environ.get("HYPERLLAMA_BACKEND")
-    if name:
-        if _known(name) == "triton" and triton is None:
-            raise HyperLlamaError("the backend triton was asked for, but Triton is not installed: pip install triton")
-        if name == "csrc" and library() is None:
-            raise HyperLlamaError("the backend csrc was asked for, but hyperllama was installed without a C++ compiler")
-        return implementations.get(name, implementations["reference"])
-    if x.is_cuda and "triton" in implementations and x.dtype != torch.float64:
-        if triton is None:
-            raise HyperLlamaError("CUDA tensors need Triton, which is not installed: pip install triton")
-        return implementations["triton"]
-    if x.device.type == "cpu" and "csrc" in implementations and x.dtype in (torch.float32, torch.bfloat16) and library():
-        return implementations["csrc"]
-    return implementations["reference"]
+    forced = _forced.get() or os.environ.get("HYPERLLAMA_BACKEND")
+    name = _known(forced) if forced else {"cuda": "triton", "cpu": "csrc"}.get(x.device.type, "reference")
+    if forced == "csrc" and library() is None:
+        raise HyperLlamaError("the backend csrc was asked for, but hyperllama was installed without a C++ compiler")
+    if forced == "triton" and triton is None:
+        raise HyperLlamaError("the backend triton was asked for, but Triton is not installed: pip install triton")
+    if name not in implementations or name == "reference" or x.dtype not in DTYPES[name]:
+        return implementations["reference"]
+    if name == "triton" and triton is None:
+        raise HyperLlamaError("CUDA tensors need Triton, which is not installed: pip install triton")
+    if name == "csrc" and x.device.type != "cpu":
+        raise HyperLlamaError(f"the backend csrc was asked for, but it runs on CPU tensors and these are on {x.device}")
+    if name == "csrc" and library() is None:
+        return implementations["reference"]
+    return implementations[name]
 
 
 @cache
@@ -90,22 +94,22 @@ def library() -> ctypes.CDLL | None:
         for name in dict.fromkeys((level, "base")):
             if (folder / f"hyperllama_{name}.so").is_file():
                 return ctypes.CDLL(str(folder / f"hyperllama_{name}.so"))
-    logging.getLogger("hyperllama").warning("hyperllama has no compiled csrc (no C++ compiler?): CPU ops run as plain torch")
+    logging.getLogger("hyperllama").warning(
+        "hyperllama was installed without a C++ compiler: CPU ops use plain torch"
+    )
     return None
 
 
 def _library_folders() -> list[Path]:
-    """Where an installed or an editable package has its libraries."""
+    """Where an installed package, or an editable one, has its libraries."""
     import hyperllama
 
     folders = [Path(path) / "lib" for path in hyperllama.__path__]
     try:
-        from importlib.metadata import files
-
-        folders += [Path(str(file.locate())).parent for file in files("hyperllama") or () if file.name.startswith("hyperllama_")]
-    except ImportError:  # PackageNotFoundError: used from a checkout, never installed
-        pass
-    return folders
+        installed = files("hyperllama") or []
+    except PackageNotFoundError:  # used from a checkout, never installed
+        installed = []
+    return folders + [Path(str(file.locate())).parent for file in installed if file.name.startswith("hyperllama_")]
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -138,8 +142,8 @@ class Differentiable:
     """A kernel with gradients: eager calls skip the dispatcher, torch.compile and export see registered ops only.
 
     `setup(ctx, inputs, output)` is as torch.library.register_autograd takes it; `gradients(run, ctx, *grads)` gives one
-    gradient per input and calls the backward kernel as `run`. With a `main_grad`, the gradient of input number `weight` is
-    added to it in place (fp32 accumulation into the arena) and that input gets none.
+    gradient per input and calls the backward kernel as `run`. With a `main_grad`, the gradient of input number `weight`
+    is added to it in place (fp32 accumulation into the arena) and that input gets none.
     """
 
     def __init__(
@@ -153,7 +157,10 @@ class Differentiable:
         self.registered = forward.registered
         name = str(forward.registered).removeprefix("hyperllama.")
         torch.library.register_autograd(
-            f"hyperllama::{name}", lambda ctx, *grads: gradients(backward.registered, ctx, *grads), setup_context=setup, lib=LIBRARY
+            f"hyperllama::{name}",
+            lambda ctx, *grads: gradients(backward.registered, ctx, *grads),
+            setup_context=setup,
+            lib=LIBRARY,
         )
 
         class Eager(torch.autograd.Function):
@@ -163,12 +170,13 @@ class Differentiable:
 
             @staticmethod
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                ctx.main_grad = inputs[-1]
+                ctx.main_grad, ctx.forced = inputs[-1], _forced.get()
                 setup(ctx, inputs[:-1], output)
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:
-                result = [*gradients(backward.launch, ctx, *grads), None]
+                with use(ctx.forced):  # as in the forward, also in the thread that runs backwards on a GPU
+                    result = [*gradients(backward.launch, ctx, *grads), None]
                 if ctx.main_grad is not None and weight is not None:
                     ctx.main_grad.add_(result[weight])
                     result[weight] = None

@@ -20,7 +20,9 @@ def embedding_backward_reference(grad: Tensor, ids: Tensor, dy: Tensor) -> None:
 
 
 embedding_backward_ = define(
-    "embedding_backward_(Tensor(a!) grad, Tensor ids, Tensor dy) -> ()", embedding_backward_reference, lambda grad, ids, dy: None
+    "embedding_backward_(Tensor(a!) grad, Tensor ids, Tensor dy) -> ()",
+    embedding_backward_reference,
+    lambda grad, ids, dy: None,
 )
 
 
@@ -32,7 +34,7 @@ class _Accumulating(torch.autograd.Function):
         return functional.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
         embedding_backward_(ctx.main_grad, ctx.saved_tensors[0], dy)
         return None, None, None
 

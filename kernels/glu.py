@@ -76,5 +76,7 @@ def glu(gate_up: Tensor, activation: str) -> Tensor:
     Raises ValueError for an unknown activation or an odd width.
     """
     if activation not in ACTIVATIONS or gate_up.shape[-1] % 2:
-        raise ValueError(f"glu: activation {activation!r} on width {gate_up.shape[-1]}; one of {', '.join(ACTIVATIONS)}, even width")
+        raise ValueError(
+            f"glu: activation {activation!r} on width {gate_up.shape[-1]}; one of {', '.join(ACTIVATIONS)}, even width"
+        )
     return _glu(gate_up, activation)

@@ -33,7 +33,9 @@ def grow(source: Tensor, row_copies: int, col_copies: int, *, noise_db: float | 
     if noise_db is None or col_copies < 2:
         return out
     if noise_db < MIN_NOISE_DB:
-        raise HyperLlamaError(f"noise of {noise_db} dB is too loud: at least {MIN_NOISE_DB} dB keeps the function exact")
+        raise HyperLlamaError(
+            f"noise of {noise_db} dB is too loud: at least {MIN_NOISE_DB} dB keeps the function exact"
+        )
     rows, cols = out.shape[0], source.shape[1]
     scale = 3**0.5 * 10 ** (-noise_db / 20)
     shared = (source / (col_copies / 2)).repeat(row_copies, 1)

@@ -21,7 +21,7 @@ class _Accumulating(torch.autograd.Function):
         return functional.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
         accumulate_product(ctx.main_grad, dy.flatten(0, -2), x.flatten(0, -2))
         return dy @ weight, None, None

@@ -4,8 +4,9 @@
     loss = loss_weight * sum of l over the targets that are not ignore_index
     dz = loss_weight * ((1 + 2 z_loss logsumexp(z)) softmax(z) - onehot(target));   dx = scale dz W;   dW += scale dz^T x
 
-x: (N, D), W: (V, D), targets: (N,) int64. Products are in the dtype of x, softmax in fp32 (fp64 for fp64). Rows are worked on in
-chunks; when gradients are wanted they are made in the same pass, dz in place of z, dW accumulated in fp32. Reference only.
+x: (N, D), W: (V, D), targets: (N,) int64. Products are in the dtype of x, softmax in fp32 (fp64 for fp64). Rows are worked
+on in chunks; when gradients are wanted they are made in the same pass, dz in place of z, dW accumulated in fp32.
+Reference only.
 """
 
 from typing import Any
@@ -13,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import define, wide
+from hyperllama.kernels.backend import LIBRARY, define, wide
 from hyperllama.kernels.linear import accumulate_product
 
-CHUNK_BYTES = 1 << 26  # of fp32 logits at a time ...
-LEAST_ROWS = 1024  # ... but no fewer rows: every chunk reads and writes all of dW, 295 MB at V = 128256, D = 576
+CHUNK_BYTES = 1 << 26  # of fp32 logits at a time: about a GPU's L2, and little beside the activations
+LEAST_ROWS = 1024  # but no fewer rows: every chunk reads and writes all of dW, 295 MB at V = 128256, D = 576
 
 
-def _chunks(n_rows: int, vocab: int) -> list[slice]:
-    rows = max(LEAST_ROWS, CHUNK_BYTES // (4 * vocab))
+def _chunks(n_rows: int, vocab: int, chunk_bytes: int) -> list[slice]:
+    rows = max(LEAST_ROWS, chunk_bytes // (4 * vocab))
     return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
 
 
@@ -44,12 +45,12 @@ def _row_losses(
 
 def linear_cross_entropy_reference(
     x: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor, loss_weight: float, scale: float, valid_vocab: int | None,
-    ignore_index: int, z_loss: float,
+    ignore_index: int, z_loss: float, chunk_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss, dx) in plain torch; dW is added to `dweight` (V, D) fp32 in place."""
     loss = torch.zeros((), dtype=wide(x.dtype), device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for rows in _chunks(x.shape[0], weight.shape[0]):
+    for rows in _chunks(x.shape[0], weight.shape[0], chunk_bytes):
         losses, z, lse, counted = _row_losses(x[rows], weight, targets[rows], scale, valid_vocab, ignore_index, z_loss)
         loss += losses.sum()
         dz = z.sub_(lse[:, None]).exp_()
@@ -57,7 +58,7 @@ def linear_cross_entropy_reference(
             dz *= (1 + 2 * z_loss * lse)[:, None]
         index = torch.where(counted, targets[rows], 0)[:, None]
         dz.scatter_add_(1, index, torch.full_like(index, -1, dtype=dz.dtype))
-        dz *= (counted * (loss_weight * scale))[:, None]
+        dz *= (counted.to(dz.dtype) * (loss_weight * scale))[:, None]
         dz = dz.to(x.dtype)
         torch.mm(dz, weight, out=dx[rows])
         accumulate_product(dweight, dz, x[rows])
@@ -66,11 +67,11 @@ def linear_cross_entropy_reference(
 
 def _functional(
     x: Tensor, weight: Tensor, targets: Tensor, loss_weight: float, scale: float, valid_vocab: int | None, ignore_index: int,
-    z_loss: float,
+    z_loss: float, chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dweight = torch.zeros(weight.shape, dtype=wide(weight.dtype), device=weight.device)
     loss, dx = linear_cross_entropy_reference(
-        x, weight, targets, dweight, loss_weight, scale, valid_vocab, ignore_index, z_loss
+        x, weight, targets, dweight, loss_weight, scale, valid_vocab, ignore_index, z_loss, chunk_bytes
     )
     return loss, dx, dweight
 
@@ -82,10 +83,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _gradients(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     dx, dweight = ctx.saved_tensors
-    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(ctx.dtype), None, None, None, None, None, None
+    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(ctx.dtype), *(None,) * 7
 
 
-_OPTIONS = "float loss_weight, float scale, int? valid_vocab, int ignore_index, float z_loss"
+_OPTIONS = "float loss_weight, float scale, int? valid_vocab, int ignore_index, float z_loss, int chunk_bytes"
 _linear_cross_entropy = define(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _functional,
@@ -95,9 +96,10 @@ _linear_cross_entropy = define(
         weight.new_empty(weight.shape, dtype=wide(weight.dtype)),
     ),
 )
-torch.library.register_autograd("hyperllama::linear_cross_entropy", _gradients, setup_context=_setup)
+torch.library.register_autograd("hyperllama::linear_cross_entropy", _gradients, setup_context=_setup, lib=LIBRARY)
 _accumulate = define(
-    f"linear_cross_entropy_(Tensor x, Tensor weight, Tensor targets, Tensor(a!) dweight, {_OPTIONS}) -> (Tensor, Tensor)",
+    "linear_cross_entropy_(Tensor x, Tensor weight, Tensor targets, Tensor(a!) dweight, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
     linear_cross_entropy_reference,
     lambda x, weight, targets, dweight, *options: (
         x.new_empty((), dtype=wide(x.dtype)),
@@ -116,30 +118,33 @@ class _Accumulating(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
         if ctx.dx is None:
             raise RuntimeError("linear_cross_entropy: a second backward would miss the gradient already accumulated")
         dx, ctx.dx = ctx.dx, None
-        return dx, *(None,) * 8
+        return dx, *(None,) * 9
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, loss_weight: float = 1.0, logit_scale: float = 1.0,
     valid_vocab: int | None = None, ignore_index: int = -100, z_loss: float = 0.0, main_grad: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:  # fmt: skip
     """`loss_weight` times the summed cross-entropy, in nats, of targets (N,) under the head weight (V, D) at x (N, D).
 
+    Columns from `valid_vocab` on only pad the vocabulary. `chunk_bytes` of fp32 logits are held at a time.
     Returns a scalar in fp32 (fp64). With `main_grad` (V, D) fp32 the weight's gradient is added to it in the forward; then
     `loss_weight` must hold the whole scale, as the upstream gradient is taken to be 1, and a second backward raises.
     Raises ValueError when shapes do not fit.
     """
     _check(x, weight, targets)
-    options = (loss_weight, logit_scale, valid_vocab, ignore_index, z_loss)
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         losses = token_losses(
-            x, weight, targets, logit_scale=logit_scale, valid_vocab=valid_vocab, ignore_index=ignore_index, z_loss=z_loss
-        )
+            x, weight, targets, logit_scale=logit_scale, valid_vocab=valid_vocab, ignore_index=ignore_index, z_loss=z_loss,
+            chunk_bytes=chunk_bytes,
+        )  # fmt: skip
         return losses.sum() * loss_weight
+    options = (loss_weight, logit_scale, valid_vocab, ignore_index, z_loss, chunk_bytes)
     if main_grad is None:
         return torch.ops.hyperllama.linear_cross_entropy(x, weight, targets, *options)[0]
     return _Accumulating.apply(x, weight, targets, main_grad, *options)
@@ -148,12 +153,12 @@ def linear_cross_entropy(
 @torch.no_grad()
 def token_losses(
     x: Tensor, weight: Tensor, targets: Tensor, *, logit_scale: float = 1.0, valid_vocab: int | None = None,
-    ignore_index: int = -100, z_loss: float = 0.0,
+    ignore_index: int = -100, z_loss: float = 0.0, chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:  # fmt: skip
     """The loss of every target (N,), fp32 (fp64) in nats; 0 where it is ignored. No gradients."""
     _check(x, weight, targets)
     out = torch.empty(targets.shape, dtype=wide(x.dtype), device=x.device)
-    for rows in _chunks(x.shape[0], weight.shape[0]):
+    for rows in _chunks(x.shape[0], weight.shape[0], chunk_bytes):
         out[rows] = _row_losses(x[rows], weight, targets[rows], logit_scale, valid_vocab, ignore_index, z_loss)[0]
     return out
 

@@ -12,7 +12,7 @@ x, residual, y, s: (..., D) fp32, bf16, fp16 or fp64; w: (D,) of the same dtype;
 
 from ctypes import c_float, c_int64
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ def forward_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     return y, x.new_empty(0) if residual is None else stream, rstd.squeeze(-1)
 
 
-def backward_reference(dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def backward_reference(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     """(ds, dw) in plain torch; dw in fp32 (fp64)."""
     dtype = wide(stream.dtype)
     normed = stream.to(dtype) * rstd[..., None]
@@ -130,7 +132,9 @@ def forward_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
     return y, stream, rstd
 
 
-def backward_triton(dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def backward_triton(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     """The backward on a GPU (or in Triton's interpreter)."""
     dx, n_cols = torch.empty_like(stream), stream.shape[-1]
     if stream.numel() == 0:
@@ -158,7 +162,9 @@ def forward_csrc(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return y, stream, rstd
 
 
-def backward_csrc(dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def backward_csrc(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     """The backward on a CPU."""
     dx, threads = torch.empty_like(stream), torch.get_num_threads()
     dweight = rstd.new_zeros(stream.shape[-1])
@@ -199,7 +205,9 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     return choose(_FORWARD, x)(x, None if residual is None else residual.contiguous(), weight, eps)
 
 
-def _backward(dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     dstream = None if dstream is None else dstream.contiguous()
     return choose(_BACKWARD, stream)(dy.contiguous(), dstream, stream.contiguous(), weight.contiguous(), rstd)
 
@@ -208,12 +216,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     x, residual, weight, _ = inputs
     _, stream, rstd = output
     ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)  # the last norm of a model leaves its stream unused: no zeros for that
     ctx.save_for_backward(x if residual is None else stream, weight, rstd)
 
 
-def _gradients(run: Any, ctx: Any, dy: Tensor, dstream: Tensor, _: Any) -> tuple[Any, ...]:
+def _gradients(run: Any, ctx: Any, dy: Tensor | None, dstream: Tensor | None, _: Any) -> tuple[Any, ...]:
     stream, weight, rstd = ctx.saved_tensors
-    dx, dweight = run(dy, dstream if ctx.has_residual else None, stream, weight, rstd)
+    dx, dweight = run(torch.zeros_like(stream) if dy is None else dy, dstream, stream, weight, rstd)
     return dx, dx if ctx.has_residual else None, dweight, None
 
 
@@ -232,17 +241,27 @@ _rms_norm = Differentiable(
 )  # fmt: skip
 
 
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: None = None, *, main_grad: Tensor | None = None
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, main_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, main_grad: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Norm x (..., D), or x + residual, by its root mean square and scale it by weight (D,).
 
-    Returns y, or (y, x + residual) when a residual is given. `main_grad` (D,) fp32 receives the weight's gradient in place.
-    Raises ValueError when shapes or dtypes do not fit.
+    Returns y, or (y, x + residual) when a residual is given. `main_grad` (D,) fp32 receives the weight's gradient in
+    place. Raises ValueError when shapes or dtypes do not fit.
     """
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
         raise ValueError(f"rms_norm: weight is {tuple(weight.shape)} {weight.dtype}, x is {tuple(x.shape)} {x.dtype}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}")
+        raise ValueError(
+            f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}"
+        )
     y, stream, _ = _rms_norm(x, residual, weight, eps, main_grad=main_grad)
     return y if residual is None else (y, stream)

@@ -24,17 +24,18 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of all angles of `length` positions, each (length, head_dim / 2) fp32.
 
-    `dtype` bf16 rounds the values to bf16, as the paper's runs did.
+    `dtype` bf16 rounds the values to bf16, as the paper's runs did; fp64 gives fp64 tables from fp64 angles.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    frequencies = 1.0 / theta**exponents
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
-    return angles.cos().to(dtype).float(), angles.sin().to(dtype).float()
+    exponents = torch.arange(0, head_dim, 2, dtype=wide(dtype), device=device) / head_dim
+    angles = torch.outer(torch.arange(length, dtype=wide(dtype), device=device), 1.0 / theta**exponents)
+    return angles.cos().to(dtype).to(angles.dtype), angles.sin().to(dtype).to(angles.dtype)
 
 
-def rope_reference(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, rotated: int, inverse: bool) -> Tensor:
+def rope_reference(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, rotated: int, inverse: bool
+) -> Tensor:
     """Rotate the first `rotated` heads of qkv, by the opposite angle when `inverse`; plain torch."""
-    batch, seq_len, width = qkv.shape
+    batch, seq_len, _width = qkv.shape
     half = cos.shape[1]
     if positions is None:
         cos, sin = cos[:seq_len], sin[:seq_len]

@@ -17,8 +17,14 @@ HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tan
 def shape(**changes: Any) -> ModelConfig:
     """A model of two layers that differs from the default in `changes`."""
     values = {
-        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_layers": 2,
-        "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_position_embeddings": 32,
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 32,
     }
     return ModelConfig(**(values | changes))
 
@@ -46,11 +52,19 @@ def transformers_llama(model: Llama) -> LlamaForCausalLM:
     c, dtype = model.config, model.arena.dtype
     theirs = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-            head_dim=c.head_dim, hidden_act=HF_ACTIVATIONS[c.activation], rms_norm_eps=c.rms_norm_eps,
-            tie_word_embeddings=c.tie_embeddings, max_position_embeddings=c.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, attn_implementation="sdpa",
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            hidden_act=HF_ACTIVATIONS[c.activation],
+            rms_norm_eps=c.rms_norm_eps,
+            tie_word_embeddings=c.tie_embeddings,
+            max_position_embeddings=c.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            attn_implementation="sdpa",
         )
     ).to(dtype)
     weights = {name: view.clone() for name, view in model.arena.logical("weights").items()}

@@ -25,11 +25,19 @@ def make_study(folder: Path) -> Path:
 def settings(study: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """A recipe as plain values: a model of two layers, seven steps, the last of them partial."""
     return {
-        "name": "tiny", "out": str(out), "tokenizer": str(study / "tokenizer.model"), "seed": 7,
+        "name": "tiny",
+        "out": str(out),
+        "tokenizer": str(study / "tokenizer.model"),
+        "seed": 7,
         "model": {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1},
         "data": {"sources": [{"path": str(study / "shards" / "eng")}], "seq_len": SEQ_LEN},
-        "budget": {"windows": 50}, "global_batch": 8, "micro_batch": 4, "precision": "fp32", "log_every": 2,
-        "optimizer": {"lr": 0.01}, "schedule": {"warmup_steps": 2},
+        "budget": {"windows": 50},
+        "global_batch": 8,
+        "micro_batch": 4,
+        "precision": "fp32",
+        "log_every": 2,
+        "optimizer": {"lr": 0.01},
+        "schedule": {"warmup_steps": 2},
     } | changes
 
 

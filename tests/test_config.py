@@ -1,5 +1,7 @@
 """A recipe is valid or refused with a sentence that names the key."""
 
+import itertools
+
 import pytest
 import yaml
 
@@ -8,10 +10,14 @@ from hyperllama.errors import HyperLlamaError
 from hyperllama.names import logical_tensors, packed_shapes
 
 RECIPE = {
-    "name": "tiny", "out": "runs/tiny", "tokenizer": "tokenizer.model",
+    "name": "tiny",
+    "out": "runs/tiny",
+    "tokenizer": "tokenizer.model",
     "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2},
     "data": {"sources": [{"path": "shards/eng"}], "seq_len": 32},
-    "budget": {"steps": 3}, "global_batch": 4, "micro_batch": 2,
+    "budget": {"steps": 3},
+    "global_batch": 4,
+    "micro_batch": 2,
 }
 
 
@@ -35,28 +41,40 @@ def test_overrides_reach_nested_keys_and_list_elements(recipe):
     assert (config.optimizer.lr, config.data.sources[0].weight, config.name) == (1e-3, 2.0, "other")
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"optimiser": {}}, "unknown key optimiser; the nearest valid key is optimizer"),
-    ({"optimizer": {"learning_rate": 1.0}}, "unknown key optimizer.learning_rate; the nearest valid key is"),
-    ({"data": {"sources": [{"path": "a", "wieght": 1.0}], "seq_len": 8}}, "data.sources.0.wieght; the nearest valid key is weight"),
-    ({"budget": {"steps": 3, "tokens": 9}}, "budget: give exactly one of"),
-    ({"budget": {}}, "budget: give exactly one of"),
-    ({"init_from": "folder"}, "give either model"),
-    ({"global_batch": 1}, "micro_batch (2) is larger than global_batch (1)"),
-    ({"precision": "fp8"}, "precision"),
-    ({"global_batch": "4"}, "global_batch"),
-    ({"name": "a b"}, "name"),
-    ({"tokenizer": None}, "tokenizer"),
-])
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"optimiser": {}}, "unknown key optimiser; the nearest valid key is optimizer"),
+        ({"optimizer": {"learning_rate": 1.0}}, "unknown key optimizer.learning_rate; the nearest valid key is"),
+        (
+            {"data": {"sources": [{"path": "a", "wieght": 1.0}], "seq_len": 8}},
+            "data.sources.0.wieght; the nearest valid key is weight",
+        ),
+        ({"budget": {"steps": 3, "tokens": 9}}, "budget: give exactly one of"),
+        ({"budget": {}}, "budget: give exactly one of"),
+        ({"init_from": "folder"}, "give either model"),
+        ({"global_batch": 1}, "micro_batch (2) is larger than global_batch (1)"),
+        ({"precision": "fp8"}, "precision"),
+        ({"global_batch": "4"}, "global_batch"),
+        ({"name": "a b"}, "name"),
+        ({"tokenizer": None}, "tokenizer"),
+    ],
+)
 def test_a_bad_recipe_is_refused_with_its_key(recipe, changes, sentence):
     with pytest.raises(HyperLlamaError) as error:
         load_run(recipe(**changes))
     assert sentence in str(error.value) and "recipe.yaml" in str(error.value)
 
 
-@pytest.mark.parametrize("text, sentence", [
-    ("a: [1", "not valid YAML"), ("- 1\n- 2", "mapping of keys"), ("a: 1\na: 2", "given twice"), ("!!python/name:os.system ''", "not valid YAML"),
-])
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n- 2", "mapping of keys"),
+        ("a: 1\na: 2", "given twice"),
+        ("!!python/name:os.system ''", "not valid YAML"),
+    ],
+)
 def test_a_bad_yaml_file_is_refused(tmp_path, text, sentence):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
@@ -96,13 +114,21 @@ def test_a_model_smaller_than_its_tokenizer_is_refused():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logical_tensors_tile_the_packed_ones(tied):
-    config = ModelConfig(vocab_size=384, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=3, num_kv_heads=1,
-                         head_dim=24, tie_embeddings=tied)
+    config = ModelConfig(
+        vocab_size=384,
+        hidden_size=48,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=3,
+        num_kv_heads=1,
+        head_dim=24,
+        tie_embeddings=tied,
+    )
     covered: dict[str, list[tuple[int, int]]] = {}
     for tensor in logical_tensors(config):
         covered.setdefault(tensor.packed, []).append((tensor.start, tensor.start + tensor.shape[0]))
     for name, shape in packed_shapes(config).items():
         rows = sorted(covered.pop(name))
         assert rows[0][0] == 0 and rows[-1][1] == shape[0]
-        assert all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(rows))
     assert not covered

@@ -10,7 +10,9 @@ from hyperllama.errors import HyperLlamaError
 from hyperllama.flops import Ledger, attended_pairs, growth_quantum, shared_quantum, window_flops, windows_for
 from hyperllama.model import Llama
 
-PAPER = ModelConfig(vocab_size=128256, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
+PAPER = ModelConfig(
+    vocab_size=128256, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64
+)
 
 
 def test_the_papers_two_shapes_have_their_known_counts():
@@ -24,11 +26,14 @@ def test_the_papers_two_shapes_have_their_known_counts():
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 32])
-@pytest.mark.parametrize("shape", [
-    {"hidden_size": 48, "num_heads": 3, "num_kv_heads": 1, "head_dim": 16},
-    {"hidden_size": 40, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12},
-    {"hidden_size": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "tie_embeddings": False},
-])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 48, "num_heads": 3, "num_kv_heads": 1, "head_dim": 16},
+        {"hidden_size": 40, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12},
+        {"hidden_size": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "tie_embeddings": False},
+    ],
+)
 def test_dense_flops_equal_torchs_counter(shape, seq_len):
     """Forward and backward of the plain-torch model; explicit attention so that the counter sees its products."""
     config = ModelConfig(vocab_size=128, intermediate_size=64, num_layers=2, **shape)
@@ -72,7 +77,9 @@ def test_the_shared_quantum_is_the_least_common_multiple():
 
 
 def test_a_coarse_quantum_comes_with_a_better_shape():
-    config = ModelConfig(vocab_size=2000, hidden_size=128, intermediate_size=341, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=32)
+    config = ModelConfig(
+        vocab_size=2000, hidden_size=128, intermediate_size=341, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=32
+    )
     budget = 3000 * window_flops(config, 256)
     suggestion = growth_quantum(config, 256, 2, budget)["suggestion"]
     better = config.model_copy(update=suggestion)

@@ -34,7 +34,9 @@ class ExperimentConfig(Settings):
     out: str
     seed: int = Field(42, ge=0)
     sample: SampleSettings | None = Field(None, description="the built-in sample text ...")
-    corpus: str | None = Field(None, description="... or a folder: text/<language>/{train,dev}.jsonl[.gz], minimal_pairs/")
+    corpus: str | None = Field(
+        None, description="... or a folder: text/<language>/{train,dev}.jsonl[.gz], minimal_pairs/"
+    )
     base_language: str = "eng"
     targets: list[str] = Field(min_length=1)
     vocab: int = Field(gt=0, description="tokens of the tokenizer trained for the study")
@@ -50,7 +52,7 @@ class ExperimentConfig(Settings):
     replay: float = Field(0.1, gt=0, lt=1, description="share of base-language windows in an adaptation")
     factor: int = Field(2, ge=2)
     noise_db: float | None = Field(10.0, description="growth noise; null: none, and a clone stays symmetric")
-    merge_methods: list[str] = ["linear", "task_arithmetic", "ties"]
+    merge_methods: list[str] = Field(["linear", "task_arithmetic", "ties"], min_length=1)
     density: float = Field(0.5, gt=0, le=1, description="of ties")
     dev_bytes: int = Field(10**9, gt=0, description="development text read per language")
     dev_pairs: int = Field(10**9, gt=0, description="minimal pairs read per language")
@@ -127,7 +129,9 @@ def budgets(config: ExperimentConfig, model: ModelConfig) -> Budgets:
             )
         return quanta * quantum
 
-    return Budgets(quantum, rounded("english_tokens", config.english_tokens, 5), rounded("adapt_tokens", config.adapt_tokens, 1))
+    return Budgets(
+        quantum, rounded("english_tokens", config.english_tokens, 5), rounded("adapt_tokens", config.adapt_tokens, 1)
+    )
 
 
 def grid(config: ExperimentConfig, spend: Budgets) -> list[Arm]:
@@ -148,10 +152,14 @@ def grid(config: ExperimentConfig, spend: Budgets) -> list[Arm]:
     for family in FAMILIES:
         for language in targets:
             shares = {language: 1 - replay, base: replay}
-            arms.append(Arm(f"{language}-{family}", family, "language", language, f"{base}-{family}", spend.adapt, shares))
+            arms.append(
+                Arm(f"{language}-{family}", family, "language", language, f"{base}-{family}", spend.adapt, shares)
+            )
     for family in FAMILIES:
         shares = {language: (1 - replay) / len(targets) for language in targets} | {base: replay}
-        arms.append(Arm(f"joint-{family}", family, "joint", None, f"{base}-{family}", len(targets) * spend.adapt, shares))
+        arms.append(
+            Arm(f"joint-{family}", family, "joint", None, f"{base}-{family}", len(targets) * spend.adapt, shares)
+        )
     arms.append(Arm(f"{base}-2x-scratch", "2x-scratch", "base", base, None, spend.english, english))
     arms.append(Arm("joint-2x-scratch", "2x-scratch", "joint", None, None, total, everything))
     return arms

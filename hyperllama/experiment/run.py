@@ -36,10 +36,12 @@ from hyperllama.grow.hyperclone import grow_folder
 from hyperllama.hub import folder_hashes, model_config, open_folder
 from hyperllama.merge.executor import run as run_merge
 from hyperllama.merge.planner import plan as plan_merge
-from hyperllama.merge.recipe import load_recipe
+from hyperllama.merge.recipe import read_recipe
 from hyperllama.train.loop import train
 
-SAMPLE = "built-in sample sentences in six languages: text to try the software on, which says nothing about real languages"
+SAMPLE = (
+    "built-in sample sentences in six languages: text to try the software on, which says nothing about real languages"
+)
 CURVE_POINTS = 200
 
 
@@ -53,7 +55,12 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
         "parameters": {"1x": model.num_parameters, "grown": model.grown(config.factor).num_parameters},
         "budgets": {"quantum": spend.quantum, "english": spend.english, "adapt": spend.adapt},
         "arms": [
-            {"id": arm.id, "starts_from": arm.start, "flops": arm.flops, "windows": arm.flops // _cost(config, model, arm)}
+            {
+                "id": arm.id,
+                "starts_from": arm.start,
+                "flops": arm.flops,
+                "windows": arm.flops // _cost(config, model, arm),
+            }
             for arm in arms
         ],
         "training_flops": sum(arm.flops for arm in arms),
@@ -105,10 +112,16 @@ class Study:
         """Text, tokenizer, shards, development parts."""
         c, source = self.config, Path(self.config.corpus) if self.config.corpus else self.out / "corpus"
         if c.sample and not source.is_dir():
-            self.say(f"writing {c.sample.bytes_per_language:,} bytes of sample text in each of {len(c.languages)} languages")
+            self.say(
+                f"writing {c.sample.bytes_per_language:,} bytes of sample text in each of {len(c.languages)} languages"
+            )
             write_corpus(
-                source, tuple(c.languages), c.sample.bytes_per_language,
-                seed=c.seed, dev_bytes=c.sample.dev_bytes, pairs=c.sample.pairs,
+                source,
+                tuple(c.languages),
+                c.sample.bytes_per_language,
+                seed=c.seed,
+                dev_bytes=c.sample.dev_bytes,
+                pairs=c.sample.pairs,
             )
         train_files = {language: _part(source, language, "train") for language in c.languages}
         if not self.tokenizer_file.is_file():
@@ -123,7 +136,9 @@ class Study:
             with atomic_folder(self.out / "dev") as dev:
                 for language in c.languages:
                     _head(_part(source, language, "dev"), dev / f"{language}.jsonl", c.dev_bytes)
-                    _spread(source / "minimal_pairs" / f"{language}.jsonl", dev / f"{language}.pairs.jsonl", c.dev_pairs)
+                    _spread(
+                        source / "minimal_pairs" / f"{language}.jsonl", dev / f"{language}.pairs.jsonl", c.dev_pairs
+                    )
 
     def run_config(self, arm: Arm, cost: int) -> RunConfig:
         """The training run of an arm, as `hyperllama train` would read it."""
@@ -134,7 +149,9 @@ class Study:
             "seed": c.seed,
             "tokenizer": str(self.tokenizer_file),
             "data": {
-                "sources": [{"path": str(self.out / "shards" / tag), "weight": share} for tag, share in arm.shares.items()],
+                "sources": [
+                    {"path": str(self.out / "shards" / tag), "weight": share} for tag, share in arm.shares.items()
+                ],
                 "seq_len": c.seq_len,
             },
             "budget": {"flops": arm.flops},
@@ -162,8 +179,11 @@ class Study:
         elif not self.folder(arm.id).is_dir():
             assert arm.start is not None  # a clone has a source
             result = grow_folder(
-                self.folder(arm.start), self.out / "clones" / arm.id, self.config.factor,
-                noise_db=self.config.noise_db, seed=self.config.seed,
+                self.folder(arm.start),
+                self.out / "clones" / arm.id,
+                self.config.factor,
+                noise_db=self.config.noise_db,
+                seed=self.config.seed,
             )
             self.say(f"{label}: grown, largest logit difference {result['verified']['max_logit_difference']:.2g}")
 
@@ -184,7 +204,7 @@ class Study:
             recipe["base_model"] = str(self.folder(f"{c.base_language}-{family}"))
         file = self.out / "merges" / f"{name}.yaml"
         write_text(file, yaml.dump(recipe, sort_keys=False, Dumper=_PlainDumper))
-        run_merge(plan_merge(load_recipe(file), Path.cwd()), self.out / "merges" / name)
+        run_merge(plan_merge(read_recipe(file), Path.cwd()), self.out / "merges" / name)
         return name
 
     def evaluate(self, model: str) -> dict[str, dict[str, Any]]:
@@ -265,30 +285,43 @@ def equal_groups(config: ExperimentConfig, spend: Budgets, rows: list[dict[str, 
     """
     base, n = config.base_language, len(config.targets)
     wanted = [
-        ("base models after the base language", spend.english, lambda row: row["kind"] == "base" and row["id"] != f"{base}-seed"),
+        (
+            "base models after the base language",
+            spend.english,
+            lambda row: row["kind"] == "base" and row["id"] != f"{base}-seed",
+        ),
         ("adaptations to one language", spend.english + spend.adapt, lambda row: row["kind"] == "language"),
-        ("joint training, and merges of all languages", spend.english + n * spend.adapt,
-         lambda row: row["kind"] in ("joint", "merge")),
+        (
+            "joint training, and merges of all languages",
+            spend.english + n * spend.adapt,
+            lambda row: row["kind"] in ("joint", "merge"),
+        ),
     ]
     groups = []
     for what, flops, member in wanted:
         members = [row for row in rows if member(row)]
         for row in members:
             if row["total"] != flops:
-                raise HyperLlamaError(f"{row['id']} ends at {row['total']} FLOPs, the arms it is compared with at {flops}")
+                raise HyperLlamaError(
+                    f"{row['id']} ends at {row['total']} FLOPs, the arms it is compared with at {flops}"
+                )
         groups.append({"what": what, "by": "total", "flops": flops, "ids": [row["id"] for row in members]})
     return groups
 
 
 def _row(study: Study, arm: Arm) -> dict[str, Any]:
     return _model_row(study, arm.id, arm.family, arm.kind) | {
-        "language": arm.language, "method": None, "parents": [arm.start] if arm.start else [],
+        "language": arm.language,
+        "method": None,
+        "parents": [arm.start] if arm.start else [],
     }
 
 
 def _merge_row(study: Study, name: str, method: str, family: str) -> dict[str, Any]:
     return _model_row(study, name, family, "merge") | {
-        "language": None, "method": method, "parents": [f"{tag}-{family}" for tag in study.config.targets],
+        "language": None,
+        "method": method,
+        "parents": [f"{tag}-{family}" for tag in study.config.targets],
     }
 
 
@@ -296,9 +329,15 @@ def _model_row(study: Study, name: str, family: str, kind: str) -> dict[str, Any
     folder = open_folder(study.folder(name))
     ledger = Ledger.from_json(folder.card["ledger"])
     return {
-        "id": name, "family": family, "kind": kind, "parameters": model_config(folder.config, folder.path).num_parameters,
-        "spent": ledger.spent, "inherited": ledger.inherited, "total": ledger.total,
-        "path": str(folder.path.relative_to(study.out)), "token_counts": folder.card.get("token_counts", {}),
+        "id": name,
+        "family": family,
+        "kind": kind,
+        "parameters": model_config(folder.config, folder.path).num_parameters,
+        "spent": ledger.spent,
+        "inherited": ledger.inherited,
+        "total": ledger.total,
+        "path": str(folder.path.relative_to(study.out)),
+        "token_counts": folder.card.get("token_counts", {}),
     }
 
 
@@ -315,7 +354,9 @@ def _print_ledgers(console: Console, results: dict[str, Any]) -> None:
         console.print(f"{group['what']}: {group['flops']:,} FLOPs each", highlight=False)
         for row in results["models"]:
             if row["id"] in group["ids"]:
-                console.print(f"  {row['id']:<28} {row['inherited']:>22,} inherited + {row['spent']:>20,} spent", highlight=False)
+                console.print(
+                    f"  {row['id']:<28} {row['inherited']:>22,} inherited + {row['spent']:>20,} spent", highlight=False
+                )
 
 
 def _part(source: Path, language: str, part: str) -> Path:

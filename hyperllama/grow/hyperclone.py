@@ -22,7 +22,17 @@ from torch import Tensor
 from hyperllama.arena import Arena
 from hyperllama.errors import HyperLlamaError
 from hyperllama.flops import Ledger, window_flops
-from hyperllama.hub import Folder, card_of, folded, folder_hashes, hf_config, model_config, open_folder, read_weights, write_folder
+from hyperllama.hub import (
+    Folder,
+    card_of,
+    folded,
+    folder_hashes,
+    hf_config,
+    model_config,
+    open_folder,
+    read_weights,
+    write_folder,
+)
 from hyperllama.kernels.grow import grow, noise_key
 from hyperllama.model import Llama
 from hyperllama.names import EMBEDDING, HEAD, logical_tensors
@@ -46,7 +56,9 @@ def plan_growth(path: str | Path, factor: int, noise_db: float | None, seed: int
     large = small.grown(factor)
     seq_len = small.max_position_embeddings
     return {
-        "factor": factor, "noise_db": noise_db, "seed": seed,
+        "factor": factor,
+        "noise_db": noise_db,
+        "seed": seed,
         "model": large.model_dump(),
         "parameters": {"before": small.num_parameters, "after": large.num_parameters},
         "seq_len": seq_len,
@@ -85,7 +97,10 @@ def grow_folder(
             f"growing {path} changed its function: logits differ by up to {report['max_logit_difference']:.3g}; nothing was written"
         )
     write_folder(
-        out, hf_config(config, small.arena.dtype), _tensors(large), _card(folder, factor, noise_db, seed),
+        out,
+        hf_config(config, small.arena.dtype),
+        _tensors(large),
+        _card(folder, factor, noise_db, seed),
         tokenizer_from=folder.path,
     )
     return {**plan, "verified": report}
@@ -110,7 +125,10 @@ def _card(folder: Folder, factor: int, noise_db: float | None, seed: int) -> dic
     digest = hashlib.sha256(json.dumps([growth, made_from[0]["sha256"]], sort_keys=True).encode()).hexdigest()
     ledger = Ledger.child(f"grow-{digest[:12]}", [Ledger.from_json(parent["ledger"])] if "ledger" in parent else [])
     return {
-        "kind": "grow", "ledger": ledger.to_json(), "token_counts": parent.get("token_counts", {}), "made_from": made_from,
+        "kind": "grow",
+        "ledger": ledger.to_json(),
+        "token_counts": parent.get("token_counts", {}),
+        "made_from": made_from,
         "growth": [*parent.get("growth", []), growth],
     }
 
@@ -128,7 +146,9 @@ def verify(small: Llama, large: Llama, *, windows: int = 2, seq_len: int = 64) -
     logits = [model.logits(model(ids))[..., :valid] for model in (_fp32(small), _fp32(large))]
     difference, largest = float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
     return {
-        "tokens": ids.numel(), "max_logit_difference": difference, "max_logit": largest,
+        "tokens": ids.numel(),
+        "max_logit_difference": difference,
+        "max_logit": largest,
         "preserved": difference <= 1e-4 * max(largest, 1e-3),
     }
 

@@ -46,7 +46,9 @@ class Processes:
 def pick_device(setting: str, local_rank: int = 0) -> torch.device:
     """The device of a `device: auto|cpu|cuda` setting."""
     if setting == "cuda" and not torch.cuda.is_available():
-        raise HyperLlamaError("device is cuda, but torch sees no CUDA device: set device=cpu or install a CUDA build of torch")
+        raise HyperLlamaError(
+            "device is cuda, but torch sees no CUDA device: set device=cpu or install a CUDA build of torch"
+        )
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
@@ -55,8 +57,9 @@ def pick_device(setting: str, local_rank: int = 0) -> torch.device:
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
     """Join the run's processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK); alone without torchrun."""
-    world, rank, local = (int(os.environ.get(key, default)) for key, default in
-                          (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
+    world, rank, local = (
+        int(os.environ.get(key, default)) for key, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    )
     picked = pick_device(device, local)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)

@@ -16,7 +16,7 @@ from hyperllama.arena import Arena
 from hyperllama.checkpoint import checkpoints, export_model, load_state, save_state
 from hyperllama.config import RunConfig, read_yaml
 from hyperllama.data.loader import Loader, micro_batches
-from hyperllama.errors import HyperLlamaError
+from hyperllama.errors import HyperLlamaError, Stopped
 from hyperllama.files import read_json, write_json, write_text
 from hyperllama.flops import Ledger, window_flops
 from hyperllama.hub import folder_hashes, read_weights
@@ -27,10 +27,6 @@ from hyperllama.train.distributed import Processes, processes
 from hyperllama.train.metrics import Metrics, device_name, peak_flops, progress_bar, speed_text
 from hyperllama.train.plan import Plan, make_plan
 from hyperllama.train.schedule import lr_ratio
-
-
-class Stopped(KeyboardInterrupt):
-    """A run stopped by a signal after its state was saved: args are the signal's number and a sentence for the user."""
 
 
 def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -> dict[str, Any]:
@@ -86,8 +82,13 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
     with (
         _StopRequest() as stop,
         Loader(
-            plan.mixture, config.global_batch, mine.rank, mine.world, documents=config.data.documents == "separate",
-            mask_first_token_of_document=config.data.mask_document_start, pin_memory=mine.device.type == "cuda",
+            plan.mixture,
+            config.global_batch,
+            mine.rank,
+            mine.world,
+            documents=config.data.documents == "separate",
+            mask_first_token_of_document=config.data.mask_document_start,
+            pin_memory=mine.device.type == "cuda",
         ) as loader,
         progress_bar(console, disable=quiet) as bar,
     ):
@@ -104,7 +105,9 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
             for micro in micro_batches(batch, config.micro_batch):
                 ids, micro_targets = (t.to(mine.device, non_blocking=True) for t in (micro.ids, micro.targets))
                 borders = None if micro.cu_seqlens is None else micro.cu_seqlens.to(mine.device)
-                part = model.loss(ids, micro_targets, loss_weight=1 / max(1, targets), cu_seqlens=borders, z_loss=o.z_loss)
+                part = model.loss(
+                    ids, micro_targets, loss_weight=1 / max(1, targets), cu_seqlens=borders, z_loss=o.z_loss
+                )
                 part.backward()
                 loss += part.detach()
             mine.sum_(arena.grad)
@@ -114,14 +117,29 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
             norm = grad_norm(arena.grad)
             clip = torch.clamp(o.clip_norm / (norm + 1e-6), max=1.0) if o.clip_norm else torch.ones_like(norm)
             adamw(
-                arena.master, arena.grad, arena.m, arena.v, None if arena.weights is arena.master else arena.weights,
-                lr=lr.fill_(o.lr * lr_ratio(config.schedule, step, plan.steps)), beta1=o.beta1, beta2=o.beta2, eps=o.eps,
-                weight_decay=o.weight_decay, step=at.fill_(step), clip=clip,
+                arena.master,
+                arena.grad,
+                arena.m,
+                arena.v,
+                None if arena.weights is arena.master else arena.weights,
+                lr=lr.fill_(o.lr * lr_ratio(config.schedule, step, plan.steps)),
+                beta1=o.beta1,
+                beta2=o.beta2,
+                eps=o.eps,
+                weight_decay=o.weight_decay,
+                step=at.fill_(step),
+                clip=clip,
             )
 
             ledger.spent += count * plan.cost
-            fields = {"step": step, "lr": o.lr * lr_ratio(config.schedule, step, plan.steps), "windows": windows,
-                      "tokens": windows * seq_len, "spent_flops": ledger.spent, "total_flops": ledger.total}
+            fields = {
+                "step": step,
+                "lr": o.lr * lr_ratio(config.schedule, step, plan.steps),
+                "windows": windows,
+                "tokens": windows * seq_len,
+                "spent_flops": ledger.spent,
+                "total_flops": ledger.total,
+            }
             metrics.add(fields, torch.stack([loss, norm.to(loss.dtype)]))
 
             due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
@@ -134,16 +152,24 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
             if step < plan.steps and stop.agreed(mine, step, config.log_every):
                 metrics.flush((windows - logged) * seq_len, (windows - logged) * causal, peak)
                 save()
-                raise Stopped(stop.signal, f"saved after step {step} of {plan.steps}; the same command goes on from there")
+                raise Stopped(
+                    stop.signal, f"saved after step {step} of {plan.steps}; the same command goes on from there"
+                )
             if due and step < plan.steps:
                 save()
 
     metrics.close()
     assert ledger.spent == plan.budget, "the ledger must end at the budget"
     record = {
-        "name": config.name, "card": export(out / "model"), "ledger": ledger.to_json(), "loss": metrics.last.get("loss"),
-        "plan": plan.describe(), "seconds": round(time.perf_counter() - began, 2), "device": device_name(mine.device),
-        "processes": mine.world, "versions": {"hyperllama": __version__, "torch": torch.__version__},
+        "name": config.name,
+        "card": export(out / "model"),
+        "ledger": ledger.to_json(),
+        "loss": metrics.last.get("loss"),
+        "plan": plan.describe(),
+        "seconds": round(time.perf_counter() - began, 2),
+        "device": device_name(mine.device),
+        "processes": mine.world,
+        "versions": {"hyperllama": __version__, "torch": torch.__version__},
     }
     if mine.is_main:
         write_json(out / "run.json", record)
@@ -167,12 +193,18 @@ def _start(plan: Plan, model: Llama, device: torch.device) -> tuple[int, Ledger,
 
 def _card(plan: Plan, ledger: Ledger, token_counts: dict[str, int]) -> dict[str, Any]:
     """What the exported model says of itself."""
-    made_from: list[dict[str, Any]] = [{"path": str(s.shards.path), "sha256": s.shards.fingerprint} for s in plan.mixture.sources]
+    made_from: list[dict[str, Any]] = [
+        {"path": str(s.shards.path), "sha256": s.shards.fingerprint} for s in plan.mixture.sources
+    ]
     if plan.start is not None:
         made_from.append({"path": str(plan.start.path), "sha256": folder_hashes(plan.start)})
     return {
-        "kind": "train", "ledger": ledger.to_json(), "token_counts": token_counts, "made_from": made_from,
-        "tokenizer": plan.tokenizer.fingerprint, "config": plan.config.model_dump(mode="json"),
+        "kind": "train",
+        "ledger": ledger.to_json(),
+        "token_counts": token_counts,
+        "made_from": made_from,
+        "tokenizer": plan.tokenizer.fingerprint,
+        "config": plan.config.model_dump(mode="json"),
     }
 
 

@@ -62,7 +62,9 @@ class Metrics:
             line: dict[str, Any] = {**fields, "loss": loss, "grad_norm": norm}
             if i == len(self.pending) - 1:
                 speed = {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
-                line["time"] = {**speed, "flops_per_second": flops / seconds} | ({"mfu": flops / seconds / peak} if peak else {})
+                line["time"] = {**speed, "flops_per_second": flops / seconds} | (
+                    {"mfu": flops / seconds / peak} if peak else {}
+                )
             if self.file:
                 self.file.write(json.dumps(line) + "\n")
             self.last = line
@@ -81,8 +83,15 @@ class Metrics:
 def progress_bar(console: Console | None = None, *, disable: bool = False) -> Progress:
     """The bar of every long command: what, how far, elapsed, left, and a free text of figures."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=console, disable=disable,
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=console,
+        disable=disable,
     )
 
 

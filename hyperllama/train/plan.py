@@ -71,8 +71,14 @@ class Plan:
             },
             "shared_with_clone": growth_quantum(self.model, c.data.seq_len, 2, self.budget),
             "data": self.mixture.describe(self.windows),
-            "reads": [c.tokenizer, *([c.init_from] if c.init_from else []), *(str(source.shards.path) for source in self.mixture.sources)],
-            "writes": [f"{c.out}/{name}" for name in ("config.yaml", "run.json", "metrics.jsonl", "checkpoints/", "model/")]
+            "reads": [
+                c.tokenizer,
+                *([c.init_from] if c.init_from else []),
+                *(str(source.shards.path) for source in self.mixture.sources),
+            ],
+            "writes": [
+                f"{c.out}/{name}" for name in ("config.yaml", "run.json", "metrics.jsonl", "checkpoints/", "model/")
+            ]
             + [f"{c.out}/milestones/{flops}/" for flops in c.checkpoint.milestones],
         }
 
@@ -155,7 +161,9 @@ def _windows(config: RunConfig, cost: int, ledger: Ledger) -> int:
         return budget.steps * config.global_batch
     if budget.tokens is not None:
         if budget.tokens % config.data.seq_len:
-            raise HyperLlamaError(f"budget.tokens ({budget.tokens}) is not a multiple of data.seq_len ({config.data.seq_len})")
+            raise HyperLlamaError(
+                f"budget.tokens ({budget.tokens}) is not a multiple of data.seq_len ({config.data.seq_len})"
+            )
         return budget.tokens // config.data.seq_len
     if budget.flops is not None:
         return windows_for(budget.flops, cost)
@@ -168,7 +176,9 @@ def _windows(config: RunConfig, cost: int, ledger: Ledger) -> int:
     theirs = Ledger.from_json(record["ledger"])
     flops = theirs.total - ledger.inherited if budget.match_total else theirs.spent
     if flops <= 0:
-        raise HyperLlamaError(f"budget.match_total: this run inherits {ledger.inherited} FLOPs, {other} ended at {theirs.total}")
+        raise HyperLlamaError(
+            f"budget.match_total: this run inherits {ledger.inherited} FLOPs, {other} ended at {theirs.total}"
+        )
     return windows_for(flops, cost)
 
 

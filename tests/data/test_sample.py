@@ -69,7 +69,9 @@ def test_pairs_differ_and_cover_their_phenomena(language):
     for pair in pairs:
         good, bad = pair["good"].split(), pair["bad"].split()
         changed = sum(a != b for a, b in zip(good, bad, strict=True)) if len(good) == len(bad) else 1
-        assert pair["good"] != pair["bad"] and (changed <= 4 or sorted(map(str.lower, good)) == sorted(map(str.lower, bad)))
+        assert pair["good"] != pair["bad"] and (
+            changed <= 4 or sorted(map(str.lower, good)) == sorted(map(str.lower, bad))
+        )
 
 
 def test_a_corpus_has_its_sizes_and_its_parts_are_apart(tmp_path):
@@ -103,21 +105,26 @@ def test_unknown_languages_and_too_many_pairs_are_refused():
 
 GOOD = {
     "classes": {"n": {"forms": ["g", "w"], "words": ["m a", "f b"]}, "a": {"forms": ["m", "f"], "words": ["x y"]}},
-    "titles": ["{t:n.w}"], "templates": ["{q:a.@t} {t:n.w}."], "pairs": [{"phenomenon": "p", "good": "{t:n.w}", "bad": "{t.g}"}],
+    "titles": ["{t:n.w}"],
+    "templates": ["{q:a.@t} {t:n.w}."],
+    "pairs": [{"phenomenon": "p", "good": "{t:n.w}", "bad": "{t.g}"}],
 }
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"templates": ["{t:nouns.w}"]}, "asks for the class nouns"),
-    ({"templates": ["{t.w}"]}, "uses t, which it draws from no class"),
-    ({"templates": ["{t:n.plural}"]}, "without a form plural"),
-    ({"templates": ["{q:a.x_@t} {t:n.w}"]}, "without a form x_"),
-    ({"templates": ["{t:n.w"]}, "brace that is not a slot"),
-    ({"templates": []}, "key templates is missing"),
-    ({"tempaltes": ["x"]}, "unknown key tempaltes"),
-    ({"pairs": [{"good": "a", "bad": "b"}]}, "expected phenomenon, good and bad"),
-    ({"classes": {"n": {"forms": ["w"], "words": ["a b"]}}}, "has 2 forms"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"templates": ["{t:nouns.w}"]}, "asks for the class nouns"),
+        ({"templates": ["{t.w}"]}, "uses t, which it draws from no class"),
+        ({"templates": ["{t:n.plural}"]}, "without a form plural"),
+        ({"templates": ["{q:a.x_@t} {t:n.w}"]}, "without a form x_"),
+        ({"templates": ["{t:n.w"]}, "brace that is not a slot"),
+        ({"templates": []}, "key templates is missing"),
+        ({"tempaltes": ["x"]}, "unknown key tempaltes"),
+        ({"pairs": [{"good": "a", "bad": "b"}]}, "expected phenomenon, good and bad"),
+        ({"classes": {"n": {"forms": ["w"], "words": ["a b"]}}}, "has 2 forms"),
+    ],
+)
 def test_a_bad_data_file_is_refused_with_its_place(tmp_path, change, sentence):
     file = tmp_path / "xyz.yaml"
     file.write_text(yaml.safe_dump(GOOD))

@@ -15,7 +15,10 @@ def test_kernels_are_right_under_the_interpreter():
     """In a process of its own: TRITON_INTERPRET must be set before a kernel is decorated."""
     cases = Path(__file__).parent / "interpreted" / "cases.py"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(cases)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", str(cases)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
         cwd=Path(__file__).parents[2],
     )
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:] + result.stderr[-2000:]
@@ -46,7 +49,8 @@ def test_kernels_compile_for_gpus_without_spills(n_cols, target):
         aligned = [*pointers, "rstd_ptr", "n_cols", *(["partial_ptr"] if kernel is _backward_kernel else [])]
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         compiled = compile_kernel(
-            ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", target, 32),
+            ASTSource(kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", target, 32),
             options={"num_warps": launch.warps},
         )
         ptx = compiled.asm["ptx"]
@@ -65,7 +69,9 @@ def spilled_bytes(cubin: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        report = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.findall(r"(?:STACK|LOCAL):(\d+)", report)
     assert found, report
     return sum(map(int, found))

@@ -85,7 +85,7 @@ def test_glu_gradients_are_exact_in_fp64(activation):
 
 def one_by_one(qkv, n, k, borders):
     """Every document, head and query on its own."""
-    batch, seq_len, width = qkv.shape
+    batch, seq_len, _width = qkv.shape
     heads = qkv.unflatten(2, (n + 2 * k, -1))
     rows = []
     for b in range(batch):
@@ -180,9 +180,21 @@ def test_linear_cross_entropy(dtype, shape):
     options = {"logit_scale": 0.5, "z_loss": 1e-3}
     check(
         lambda x, w: [linear_cross_entropy(x, w, targets, loss_weight=1 / n, **options)],
-        lambda x, w: [plain_loss(x.to(torch.promote_types(x.dtype, torch.float32)), w.to(torch.promote_types(x.dtype, torch.float32)),
-                                 targets, 0.5, None, 1e-3) / n] if dtype == torch.float32 else
-        [(plain_bf16(x, w, targets, 0.5, 1e-3) / n)],
+        lambda x, w: (
+            [
+                plain_loss(
+                    x.to(torch.promote_types(x.dtype, torch.float32)),
+                    w.to(torch.promote_types(x.dtype, torch.float32)),
+                    targets,
+                    0.5,
+                    None,
+                    1e-3,
+                )
+                / n
+            ]
+            if dtype == torch.float32
+            else [(plain_bf16(x, w, targets, 0.5, 1e-3) / n)]
+        ),
         [x, weight],
     )
 
@@ -198,7 +210,8 @@ def test_the_papers_vocabulary_with_padding_masked():
     x, weight, targets = torch.randn(6, 32), torch.randn(128256, 32) * 0.1, torch.tensor([0, 5, -100, 128000, 77, 1])
     check(
         lambda x, w: [linear_cross_entropy(x, w, targets, valid_vocab=128001)],
-        lambda x, w: [plain_loss(x, w, targets, valid=128001)], [x, weight],
+        lambda x, w: [plain_loss(x, w, targets, valid=128001)],
+        [x, weight],
     )
 
 
@@ -211,7 +224,11 @@ def test_nothing_to_predict_costs_nothing(targets):
 
 
 def test_the_accumulating_head_adds_the_functional_gradient_once():
-    x, weight, targets = torch.randn(30, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True), torch.randint(16, (30,))
+    x, weight, targets = (
+        torch.randn(30, 8, requires_grad=True),
+        torch.randn(16, 8, requires_grad=True),
+        torch.randint(16, (30,)),
+    )
     functional_loss = linear_cross_entropy(x, weight, targets, loss_weight=0.25)
     dx, dw = torch.autograd.grad(functional_loss, (x, weight))
     main_grad = torch.ones(16, 8)
@@ -249,8 +266,20 @@ def test_adamw_follows_torchs(size):
     optimizer = torch.optim.AdamW([other], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for step in range(1, 6):
         grad = torch.randn(size)
-        adamw(master, grad, m, v, weights, lr=torch.tensor(0.01), beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
-              step=torch.tensor(step), clip=torch.tensor(0.5))
+        adamw(
+            master,
+            grad,
+            m,
+            v,
+            weights,
+            lr=torch.tensor(0.01),
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            step=torch.tensor(step),
+            clip=torch.tensor(0.5),
+        )
         other.grad = grad * 0.5
         optimizer.step()
     torch.testing.assert_close(master, other.detach(), rtol=1e-6, atol=1e-6)
@@ -263,8 +292,20 @@ def test_adamw_in_fp64_equals_its_formula():
     m, v = torch.zeros(2, 50, dtype=torch.float64)
     em, ev = m.clone(), v.clone()
     for t in range(1, 4):
-        adamw(master, grad, m, v, None, lr=torch.tensor(0.1, dtype=torch.float64), beta1=0.9, beta2=0.99, eps=1e-8,
-              weight_decay=0.01, step=torch.tensor(t), clip=torch.tensor(1.0, dtype=torch.float64))
+        adamw(
+            master,
+            grad,
+            m,
+            v,
+            None,
+            lr=torch.tensor(0.1, dtype=torch.float64),
+            beta1=0.9,
+            beta2=0.99,
+            eps=1e-8,
+            weight_decay=0.01,
+            step=torch.tensor(t),
+            clip=torch.tensor(1.0, dtype=torch.float64),
+        )
         em, ev = 0.9 * em + 0.1 * grad, 0.99 * ev + 0.01 * grad**2
         expected -= 0.1 * (em / (1 - 0.9**t) / ((ev / (1 - 0.99**t)).sqrt() + 1e-8) + 0.01 * expected)
     torch.testing.assert_close(master, expected, rtol=1e-13, atol=1e-15)
@@ -272,8 +313,17 @@ def test_adamw_in_fp64_equals_its_formula():
 
 def test_adamw_buffers_of_different_length_are_refused():
     with pytest.raises(ValueError, match="one length"):
-        adamw(*(torch.zeros(n) for n in (4, 4, 4, 5)), None, lr=torch.tensor(0.1), beta1=0.9, beta2=0.9, eps=1e-8,
-              weight_decay=0.0, step=torch.tensor(1), clip=torch.tensor(1.0))
+        adamw(
+            *(torch.zeros(n) for n in (4, 4, 4, 5)),
+            None,
+            lr=torch.tensor(0.1),
+            beta1=0.9,
+            beta2=0.9,
+            eps=1e-8,
+            weight_decay=0.0,
+            step=torch.tensor(1),
+            clip=torch.tensor(1.0),
+        )
 
 
 @pytest.mark.parametrize("size", [0, 1, 3_000_001])
@@ -295,23 +345,39 @@ def test_opcheck_of_every_op():
     for borders in (None, cu_seqlens):
         for name in ("reference", "sdpa"):
             opcheck(ops().attention.default, (qkv, 2, 1, borders, name))
-    x, weight, targets = torch.randn(9, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True), torch.randint(16, (9,))
+    x, weight, targets = (
+        torch.randn(9, 8, requires_grad=True),
+        torch.randn(16, 8, requires_grad=True),
+        torch.randint(16, (9,)),
+    )
     opcheck(ops().linear_cross_entropy.default, (x, weight, targets, 0.5, 1.0, 15, -100, 0.0))
-    opcheck(ops().linear_cross_entropy_.default, (x.detach(), weight.detach(), targets, torch.zeros(16, 8), 1.0, 1.0, None, -100, 0.0))
+    opcheck(
+        ops().linear_cross_entropy_.default,
+        (x.detach(), weight.detach(), targets, torch.zeros(16, 8), 1.0, 1.0, None, -100, 0.0),
+    )
     opcheck(ops().grad_norm.default, (torch.randn(100),))
     flat, scalar = [torch.rand(100) for _ in range(4)], torch.tensor(0.1)
-    opcheck(ops().adamw_.default, (*flat, torch.zeros(100, dtype=torch.bfloat16), scalar, 0.9, 0.95, 1e-8, 0.1, torch.tensor(1), scalar))
+    opcheck(
+        ops().adamw_.default,
+        (*flat, torch.zeros(100, dtype=torch.bfloat16), scalar, 0.9, 0.95, 1e-8, 0.1, torch.tensor(1), scalar),
+    )
 
 
 def test_a_whole_block_of_ops_compiles_to_the_eager_values():
     qkv, (cos, sin) = torch.randn(2, 6, 32, requires_grad=True), rope_tables(8, 8, 1e4)
-    weight, head, targets = torch.randn(32, 16, requires_grad=True), torch.randn(11, 16, requires_grad=True), torch.randint(11, (12,))
+    weight, head, targets = (
+        torch.randn(32, 16, requires_grad=True),
+        torch.randn(11, 16, requires_grad=True),
+        torch.randint(11, (12,)),
+    )
 
     def loss(qkv, weight, head):
         out = attention(rope(qkv, cos, sin, None, 2, 1), 2, 1)
         return linear_cross_entropy(glu(linear(out, weight), "gelu").flatten(0, 1), head, targets)
 
     eager = torch.autograd.grad(loss(qkv, weight, head), (qkv, weight, head))
-    compiled = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(qkv, weight, head), (qkv, weight, head))
+    compiled = torch.autograd.grad(
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(qkv, weight, head), (qkv, weight, head)
+    )
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)

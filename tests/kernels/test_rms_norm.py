@@ -61,7 +61,9 @@ def test_main_grad_receives_what_the_functional_form_returns(dtype):
     main_grad = torch.ones(96)
     rms_norm(x.requires_grad_(), weight, EPS, main_grad=main_grad).sum().backward()
     assert torch.equal((main_grad - 1).to(dtype), weight.grad) or dtype == torch.float32
-    torch.testing.assert_close(main_grad - 1, weight.grad.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        main_grad - 1, weight.grad.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4
+    )
 
 
 def test_the_weight_gradient_has_the_same_bits_every_time():
@@ -75,7 +77,10 @@ def test_the_weight_gradient_has_the_same_bits_every_time():
 
 
 def test_fp64_is_exact_arithmetic():
-    x, weight = torch.randn(2, 8, 33, dtype=torch.float64, requires_grad=True), torch.randn(33, dtype=torch.float64, requires_grad=True)
+    x, weight = (
+        torch.randn(2, 8, 33, dtype=torch.float64, requires_grad=True),
+        torch.randn(33, dtype=torch.float64, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS), (x, weight))
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS, x * 2), (x, weight))
 
@@ -90,14 +95,20 @@ def test_opcheck(residual):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_equals_eager(compiler):
-    x, residual, weight = torch.randn(9, 64, requires_grad=True), torch.randn(9, 64), torch.randn(64, requires_grad=True)
+    x, residual, weight = (
+        torch.randn(9, 64, requires_grad=True),
+        torch.randn(9, 64),
+        torch.randn(64, requires_grad=True),
+    )
 
     def loss(x, residual, weight):
         y, stream = rms_norm(x, weight, EPS, residual)
         return (y * stream).sum()
 
     eager = torch.autograd.grad(loss(x, residual, weight), (x, weight))
-    compiled = torch.autograd.grad(torch.compile(loss, backend=compiler, fullgraph=True)(x, residual, weight), (x, weight))
+    compiled = torch.autograd.grad(
+        torch.compile(loss, backend=compiler, fullgraph=True)(x, residual, weight), (x, weight)
+    )
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -8,12 +8,16 @@ from torch import Tensor
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def gradients(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+def gradients(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> list[Tensor]:
     """Outputs of `function` and the gradients of its floating-point inputs."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     outputs = list(function(*leaves))
     wanted = [t for t in leaves if t.requires_grad]
-    return outputs + list(torch.autograd.grad(outputs, wanted, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]))
+    return outputs + list(
+        torch.autograd.grad(outputs, wanted, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
+    )
 
 
 def check(

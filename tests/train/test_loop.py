@@ -51,7 +51,11 @@ def same_bits(a: Path, b: Path) -> bool:
 
 def cli(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
     )
 
@@ -121,7 +125,15 @@ def test_ctrl_c_saves_and_leaves_with_130(study, tmp_path):
 def test_two_processes_give_the_losses_of_one(study, undisturbed, tmp_path):
     out = tmp_path / "two"
     recipe = write_recipe(tmp_path / "recipe.yaml", settings(study, out, checkpoint={"every_steps": 2}))
-    process = cli("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", str(recipe), OMP_NUM_THREADS="1")
+    process = cli(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "train.py",
+        str(recipe),
+        OMP_NUM_THREADS="1",
+    )
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     for one, two in zip(metrics(undisturbed), metrics(out), strict=True):
@@ -141,7 +153,12 @@ def test_training_follows_transformers_and_torchs_adamw(study, tmp_path):
     """The same start, windows, schedule, clipping and AdamW through independent code: the same losses."""
     config = run_config(study, tmp_path / "ours", optimizer={"lr": 0.01, "clip_norm": 0.5, "weight_decay": 0.1})
     start = tmp_path / "start"
-    train(run_config(study, tmp_path / "first", budget={"windows": 8}, schedule={"warmup_steps": 0}, optimizer={"lr": 1e-9}), quiet=True)
+    train(
+        run_config(
+            study, tmp_path / "first", budget={"windows": 8}, schedule={"warmup_steps": 0}, optimizer={"lr": 1e-9}
+        ),
+        quiet=True,
+    )
     os.rename(tmp_path / "first" / "model", start)
     train(config.model_copy(update={"model": None, "init_from": str(start)}), quiet=True)
 
@@ -163,8 +180,11 @@ def test_training_follows_transformers_and_torchs_adamw(study, tmp_path):
 
 def test_bf16_documents_and_replay_train(study, tmp_path):
     data = {
-        "sources": [{"path": str(study / "shards" / "swe")}], "seq_len": SEQ_LEN, "documents": "separate",
-        "replay": {"path": str(study / "shards" / "eng"), "fraction": 0.25}, "mask_document_start": True,
+        "sources": [{"path": str(study / "shards" / "swe")}],
+        "seq_len": SEQ_LEN,
+        "documents": "separate",
+        "replay": {"path": str(study / "shards" / "eng"), "fraction": 0.25},
+        "mask_document_start": True,
     }
     record = train(run_config(study, tmp_path / "bf16", precision="bf16", data=data), quiet=True)
     counts = record["card"]["token_counts"]
@@ -178,7 +198,9 @@ def test_arms_match_each_others_flops(study, undisturbed, tmp_path):
     spent = json.loads((undisturbed / "run.json").read_text())["ledger"]["spent"]
     record = train(run_config(study, tmp_path / "child", budget={"match_spent": str(undisturbed)}, **child), quiet=True)
     assert (record["ledger"]["spent"], sum(record["ledger"]["ancestors"].values())) == (spent, spent)
-    other = train(run_config(study, tmp_path / "other", budget={"match_total": str(tmp_path / "child")}, **child), quiet=True)
+    other = train(
+        run_config(study, tmp_path / "other", budget={"match_total": str(tmp_path / "child")}, **child), quiet=True
+    )
     assert other["ledger"]["spent"] == spent
 
 
@@ -230,16 +252,25 @@ def test_a_damaged_checkpoint_is_refused_by_name(study, tmp_path, damage):
         train(run_config(study, tmp_path / "run", checkpoint={"every_steps": 2}), quiet=True)
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"tokenizer": "none.model"}, "none.model"),
-    ({"budget": {"flops": 12345}}, "not a whole number of windows"),
-    ({"budget": {"tokens": 100}}, "not a multiple of data.seq_len"),
-    ({"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 256}}, "tokenizer has 512 tokens"),
-    ({"model": {"hidden_size": 33, "num_layers": 1, "num_heads": 2}}, "set model.head_dim"),
-    ({"model": {"hidden_size": 30, "num_layers": 1, "num_heads": 3, "num_kv_heads": 2}}, "multiple of num_kv_heads"),
-    ({"model": None, "init_from": "nowhere"}, "nowhere is not a folder"),
-    ({"budget": {"match_total": "nowhere"}}, "run.json does not exist"),
-])
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"tokenizer": "none.model"}, "none.model"),
+        ({"budget": {"flops": 12345}}, "not a whole number of windows"),
+        ({"budget": {"tokens": 100}}, "not a multiple of data.seq_len"),
+        (
+            {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 256}},
+            "tokenizer has 512 tokens",
+        ),
+        ({"model": {"hidden_size": 33, "num_layers": 1, "num_heads": 2}}, "set model.head_dim"),
+        (
+            {"model": {"hidden_size": 30, "num_layers": 1, "num_heads": 3, "num_kv_heads": 2}},
+            "multiple of num_kv_heads",
+        ),
+        ({"model": None, "init_from": "nowhere"}, "nowhere is not a folder"),
+        ({"budget": {"match_total": "nowhere"}}, "run.json does not exist"),
+    ],
+)
 def test_bad_input_is_refused_before_any_work(study, tmp_path, changes, sentence):
     with pytest.raises(HyperLlamaError) as error:
         train(run_config(study, tmp_path / "run", **changes), quiet=True)
