@@ -32,8 +32,8 @@ def attention_reference(
     qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None, backend: str
 ) -> Tensor:
     """Attention by torch's own ops: `backend` reference or sdpa."""
-    batch, seq_len, _width = qkv.shape
-    heads = qkv.view(batch, seq_len, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)  # (B, heads, T, h)
+    batch, seq_len, _ = qkv.shape
+    heads = qkv.unflatten(2, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)  # (B, heads, T, h)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     mask = None if cu_seqlens is None else document_mask(cu_seqlens, batch, seq_len)
     if backend == "sdpa":
@@ -49,17 +49,17 @@ def attention_reference(
         wide = torch.promote_types(scores.dtype, torch.float32)
         shares = scores.to(wide).masked_fill(~mask, float("-inf")).softmax(-1)
         out = shares.to(v.dtype) @ v
-    return out.transpose(1, 2).reshape(batch, seq_len, num_heads * q.shape[-1])
+    return out.transpose(1, 2).flatten(2)
 
 
 def _backward(
     dy: Tensor, qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None, backend: str
 ) -> Tensor:
     """The gradient of qkv by recomputing the forward."""
-    with torch.enable_grad():
-        again = qkv.detach().requires_grad_()
-        out = attention_reference(again, num_heads, num_kv_heads, cu_seqlens, backend)
-    return torch.autograd.grad(out, again, dy)[0].contiguous()
+    _, pull_back = torch.func.vjp(
+        lambda qkv: attention_reference(qkv, num_heads, num_kv_heads, cu_seqlens, backend), qkv
+    )
+    return pull_back(dy)[0].contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -107,7 +107,7 @@ def attention(
         backend = "sdpa"
     if backend not in BACKENDS:
         raise HyperLlamaError(f"attention backend {backend!r} is not available; available: auto, {', '.join(BACKENDS)}")
-    if qkv.dim() != 3 or qkv.shape[2] % (num_heads + 2 * num_kv_heads):
+    if qkv.dim() != 3 or num_heads % num_kv_heads or qkv.shape[2] % (num_heads + 2 * num_kv_heads):
         raise ValueError(f"attention: qkv is {tuple(qkv.shape)} for {num_heads} query and {num_kv_heads} kv heads")
     if torch.compiler.is_compiling():
         return _attention(qkv, num_heads, num_kv_heads, cu_seqlens, backend)

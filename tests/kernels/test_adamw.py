@@ -1,0 +1,75 @@
+"""adamw: torch's own step by step, its formula in fp64, weights rounded from masters."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from hyperllama.kernels.adamw import CHUNK, adamw
+
+OPTIONS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, CHUNK + 37])
+def test_it_follows_torchs(size):
+    master, weights = torch.randn(size), torch.empty(size, dtype=torch.bfloat16)
+    m, v, other = torch.zeros(size), torch.zeros(size), master.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([other], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(1, 6):
+        grad = torch.randn(size)
+        scalars = {"lr": torch.tensor(0.01), "step": torch.tensor(step), "clip": torch.tensor(0.5)}
+        adamw(master, grad, m, v, weights, **OPTIONS, **scalars)
+        other.grad = grad * 0.5
+        optimizer.step()
+    torch.testing.assert_close(master, other.detach(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(weights, master.bfloat16())
+
+
+def test_fp64_equals_the_formula():
+    master, grad = torch.randn(2, 50, dtype=torch.float64)
+    expected = master.clone()
+    (m, v), (em, ev) = torch.zeros(2, 50, dtype=torch.float64), torch.zeros(2, 50, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    for t in range(1, 4):
+        adamw(master, grad, m, v, None, lr=0.1 * one, step=torch.tensor(t), clip=0.7 * one, **OPTIONS)
+        em, ev = 0.9 * em + 0.1 * 0.7 * grad, 0.95 * ev + 0.05 * (0.7 * grad) ** 2
+        expected -= 0.1 * (em / (1 - 0.9**t) / ((ev / (1 - 0.95**t)).sqrt() + 1e-8) + 0.1 * expected)
+    torch.testing.assert_close(master, expected, rtol=1e-13, atol=1e-15)
+
+
+def test_a_late_step_has_exact_bias_corrections():
+    """0.999^t in fp32 would be off in the fifth digit at t = 10000."""
+    master, grad, m, v = torch.zeros(1), torch.ones(1), torch.zeros(1), torch.full((1,), 0.5)
+    adamw(
+        master, grad, m, v, None, lr=torch.tensor(1.0), beta1=0.0, beta2=0.999, eps=0.0, weight_decay=0.0,
+        step=torch.tensor(1000), clip=torch.tensor(1.0),
+    )  # fmt: skip
+    expected = -(((0.999 * 0.5 + 0.001) / (1 - 0.999**1000)) ** -0.5)
+    torch.testing.assert_close(master.item(), expected, rtol=2e-7, atol=0)
+
+
+def test_buffers_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="one length"):
+        one = torch.tensor(1)
+        adamw(*(torch.zeros(n) for n in (4, 4, 4, 5)), None, lr=one.float(), step=one, clip=one.float(), **OPTIONS)
+
+
+@pytest.mark.parametrize("weights", [None, torch.zeros(100, dtype=torch.bfloat16)])
+def test_opcheck(weights):
+    flat, scalar = [torch.rand(100) for _ in range(4)], torch.tensor(0.1)
+    opcheck(
+        torch.ops.hyperllama.adamw_.default, (*flat, weights, scalar, 0.9, 0.95, 1e-8, 0.1, torch.tensor(1), scalar)
+    )
+
+
+def test_compiled_equals_eager():
+    def step(master, grad, m, v):
+        scalar = torch.tensor(0.1)
+        adamw(master, grad, m, v, None, lr=scalar, step=torch.tensor(3), clip=scalar, **OPTIONS)
+        return master * 1
+
+    eager = [torch.rand(100) for _ in range(4)]
+    compiled = [t.clone() for t in eager]
+    step(*eager)
+    torch.compile(step, backend="aot_eager", fullgraph=True)(*compiled)
+    for expected, got in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(got, expected)

@@ -1,0 +1,103 @@
+"""Which implementation runs, and what is said when one is missing."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperllama.errors import HyperLlamaError
+from hyperllama.kernels import backend
+from hyperllama.kernels.rms_norm import rms_norm
+
+THREE = {name: (lambda: None) for name in backend.BACKENDS}
+ROOT = Path(__file__).parents[2]
+
+
+def chosen(device, dtype, implementations=THREE):
+    function = backend.choose(implementations, torch.empty(1, device=device, dtype=dtype))
+    return next(name for name, known in implementations.items() if known is function)
+
+
+def test_the_device_and_dtype_of_a_call_choose():
+    assert backend.library() is not None, "install the package: pip install -e ."
+    assert chosen("cpu", torch.float32) == chosen("cpu", torch.bfloat16) == "csrc"
+    assert chosen("cpu", torch.float64) == chosen("cpu", torch.float16) == chosen("meta", torch.float32) == "reference"
+
+
+@pytest.mark.parametrize("name", ["csrc", "triton"])
+def test_a_forced_kernel_leaves_dtypes_it_does_not_take_to_the_reference(name):
+    with backend.use(name):
+        assert chosen("cpu", torch.float32) == name
+        assert chosen("cpu", torch.float64) == "reference"
+
+
+def test_an_op_without_kernels_of_its_own_runs_its_reference():
+    only = {"reference": THREE["reference"]}
+    for name in backend.BACKENDS:
+        with backend.use(name):
+            assert chosen("cpu", torch.float32, only) == "reference"
+
+
+def test_the_environment_forces_a_backend_and_use_goes_before_it(monkeypatch):
+    monkeypatch.setenv("HYPERLLAMA_BACKEND", "reference")
+    assert chosen("cpu", torch.float32) == "reference"
+    with backend.use("csrc"):
+        assert chosen("cpu", torch.float32) == "csrc"
+    monkeypatch.setenv("HYPERLLAMA_BACKEND", "cuda")
+    with pytest.raises(HyperLlamaError, match="'cuda' is not a backend"):
+        chosen("cpu", torch.float32)
+
+
+def test_csrc_does_not_take_tensors_of_another_device():
+    with pytest.raises(HyperLlamaError, match="runs on CPU tensors and these are on meta"), backend.use("csrc"):
+        chosen("meta", torch.float32)
+
+
+def test_the_backward_uses_the_forwards_backend(monkeypatch):
+    x = torch.randn(3, 8, requires_grad=True)
+    with backend.use("reference"):
+        y = rms_norm(x, torch.ones(8), 1e-5)
+    monkeypatch.setattr(backend, "library", lambda: pytest.fail("csrc was looked for"))
+    y.sum().backward()
+
+
+def test_a_missing_library_is_said_once_and_named_when_asked_for(monkeypatch, caplog):
+    monkeypatch.setattr(backend, "_library_folders", lambda: [])
+    backend.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "hyperllama"):
+            for _ in range(2):
+                assert rms_norm(torch.ones(2, 4), torch.ones(4), 0.0).sum() == 8
+        assert [record.message for record in caplog.records] == [
+            "hyperllama was installed without a C++ compiler: CPU ops use plain torch"
+        ]
+        with pytest.raises(HyperLlamaError, match=r"without a C\+\+ compiler"), backend.use("csrc"):
+            rms_norm(torch.randn(2, 8), torch.randn(8), 1e-5)
+    finally:
+        backend.library.cache_clear()
+
+
+def test_missing_triton_is_named_when_asked_for(monkeypatch):
+    monkeypatch.setattr(backend, "triton", None)
+    with pytest.raises(HyperLlamaError, match="Triton is not installed"), backend.use("triton"):
+        rms_norm(torch.randn(2, 8), torch.randn(8), 1e-5)
+
+
+def test_importing_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from hyperllama.kernels.rms_norm import rms_norm\n"
+        "print(rms_norm(torch.ones(2, 4), torch.ones(4), 0.0).sum().item())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "8.0", result.stderr[-2000:]
+
+
+def test_denormals_survive_the_library():
+    """Linked with -ffast-math, loading it would flush them to zero in the whole process."""
+    assert backend.library() is not None
+    assert torch.full((1,), 1e-40).mul(0.5).item() > 0
