@@ -26,21 +26,24 @@ def _chunks(n_rows: int, vocab: int, chunk_bytes: int) -> list[slice]:
     return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
 
 
-def _row_losses(
+def _rows(
     x: Tensor, weight: Tensor, targets: Tensor, scale: float, valid_vocab: int | None, ignore_index: int, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For some rows: losses, logits (fp32), logsumexp, and which targets count."""
+    """For some rows: losses (R,), softmax (R, V) in the place of the logits, logsumexp (R,), and which targets count."""
     logits = (x @ weight.t()).to(wide(x.dtype))
     if scale != 1.0:
         logits *= scale
     if valid_vocab is not None:
         logits[:, valid_vocab:] = float("-inf")
     counted = targets != ignore_index
-    lse = logits.logsumexp(-1)
-    losses = lse - logits.gather(1, torch.where(counted, targets, 0)[:, None]).squeeze(1)
+    peak = logits.amax(-1, keepdim=True)
+    logits -= peak  # before anything else: differences of large numbers are exact here, their exponentials are not
+    of_target = logits.gather(1, torch.where(counted, targets, 0)[:, None])
+    total = logits.exp_().sum(-1, keepdim=True)
+    losses, lse = total.log() - of_target, total.log() + peak
     if z_loss:
-        losses = losses + z_loss * lse.square()
-    return losses.masked_fill(~counted, 0.0), logits, lse, counted
+        losses += z_loss * lse.square()
+    return losses.squeeze(1).masked_fill(~counted, 0.0), logits.div_(total), lse, counted
 
 
 def linear_cross_entropy_reference(
@@ -51,14 +54,13 @@ def linear_cross_entropy_reference(
     loss = torch.zeros((), dtype=wide(x.dtype), device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for rows in _chunks(x.shape[0], weight.shape[0], chunk_bytes):
-        losses, z, lse, counted = _row_losses(x[rows], weight, targets[rows], scale, valid_vocab, ignore_index, z_loss)
+        losses, dz, lse, counted = _rows(x[rows], weight, targets[rows], scale, valid_vocab, ignore_index, z_loss)
         loss += losses.sum()
-        dz = z.sub_(lse[:, None]).exp_()
         if z_loss:
-            dz *= (1 + 2 * z_loss * lse)[:, None]
+            dz *= 1 + 2 * z_loss * lse
         index = torch.where(counted, targets[rows], 0)[:, None]
         dz.scatter_add_(1, index, torch.full_like(index, -1, dtype=dz.dtype))
-        dz *= (counted.to(dz.dtype) * (loss_weight * scale))[:, None]
+        dz.mul_(loss_weight * scale).masked_fill_(~counted[:, None], 0.0)
         dz = dz.to(x.dtype)
         torch.mm(dz, weight, out=dx[rows])
         accumulate_product(dweight, dz, x[rows])
@@ -159,7 +161,7 @@ def token_losses(
     _check(x, weight, targets)
     out = torch.empty(targets.shape, dtype=wide(x.dtype), device=x.device)
     for rows in _chunks(x.shape[0], weight.shape[0], chunk_bytes):
-        out[rows] = _row_losses(x[rows], weight, targets[rows], logit_scale, valid_vocab, ignore_index, z_loss)[0]
+        out[rows] = _rows(x[rows], weight, targets[rows], logit_scale, valid_vocab, ignore_index, z_loss)[0]
     return out
 
 

@@ -97,15 +97,24 @@ def test_the_products_of_the_reference_are_counted():
     assert counter.get_total_flops() == 3 * 2 * 2 * BATCH * n * h * SEQ_LEN**2
 
 
-@pytest.mark.parametrize("name", ["reference", "sdpa"])
-@pytest.mark.parametrize("borders", [None, [0, 6, 9, 12]])
-def test_opcheck_and_compile(name, borders):
-    qkv = torch.randn(2, 6, 32)
-    cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
-    ops = torch.ops.hyperllama
-    opcheck(ops.attention.default, (qkv.clone().requires_grad_(), 2, 1, cu_seqlens, name))
-    opcheck(ops.attention_backward.default, (torch.randn(2, 6, 16), qkv, 2, 1, cu_seqlens, name))
-    check_compiled(lambda x: [attention(x, 2, 1, cu_seqlens=cu_seqlens, backend=name)], [qkv])
+@pytest.mark.parametrize("heads", [(2, 1, 8), (4, 2, 8), (3, 3, 16)])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_registered_backward_recomputes_the_same_gradient(heads, documents, dtype):
+    (n, k, h), borders = heads, DOCUMENTS[documents]
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    qkv = torch.randn(BATCH, SEQ_LEN, (n + 2 * k) * h).to(dtype)
+    registered = torch.ops.hyperllama.attention
+    check(lambda x: [registered(x, n, k, cu_seqlens)], lambda x: [textbook(x, n, k, borders)], [qkv])
+
+
+@pytest.mark.parametrize("borders", [None, torch.tensor([0, 6, 9, 12], dtype=torch.int32)])
+def test_opcheck_and_compile(borders):
+    qkv, ops = torch.randn(2, 6, 32), torch.ops.hyperllama
+    opcheck(ops.attention.default, (qkv.clone().requires_grad_(), 2, 1, borders))
+    opcheck(ops.attention_backward.default, (torch.randn(2, 6, 16), qkv, 2, 1, borders))
+    for name in ("reference", "sdpa"):
+        check_compiled(lambda x, name=name: [attention(x, 2, 1, cu_seqlens=borders, backend=name)], [qkv])
 
 
 def test_backends_that_are_not_there_are_named():
