@@ -94,9 +94,7 @@ def library() -> ctypes.CDLL | None:
         for name in dict.fromkeys((level, "base")):
             if (folder / f"hyperllama_{name}.so").is_file():
                 return ctypes.CDLL(str(folder / f"hyperllama_{name}.so"))
-    logging.getLogger("hyperllama").warning(
-        "hyperllama was installed without a C++ compiler: CPU ops use plain torch"
-    )
+    logging.getLogger("hyperllama").warning("hyperllama was installed without a C++ compiler: CPU ops use plain torch")
     return None
 
 
