@@ -259,10 +259,11 @@ def generate_command(
     seed: int = 0,
 ) -> None:
     """Continue a prompt with a model folder."""
-    from hyperllama.evaluate import generate, load_folder
+    from hyperllama.evaluate import folder_start, generate, load_folder
 
     model, tokenizer = load_folder(folder)
-    print(generate(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
+    start = folder_start(folder, tokenizer)
+    print(generate(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, start=start))
 
 
 @app.command("experiment")
@@ -327,11 +328,9 @@ class _bar:
     """A progress bar on standard error as a context manager that yields `progress(done, total)`."""
 
     def __init__(self, what: str, *, disable: bool = False):
-        from rich.console import Console
+        from hyperllama.train.metrics import console, progress_bar
 
-        from hyperllama.train.metrics import progress_bar
-
-        self.what, self.bar = what, progress_bar(Console(stderr=True), disable=disable)
+        self.what, self.bar = what, progress_bar(console(), disable=disable)
 
     def __enter__(self) -> Any:
         self.bar.start()

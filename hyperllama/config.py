@@ -1,13 +1,13 @@
 """Every setting of a run, with its default and unit: one YAML file, `a.b=c` overrides, nothing unknown, nothing contradictory."""
 
-import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from hyperllama.errors import HyperLlamaError
+from hyperllama.errors import HyperLlamaError, nearest
 
 VOCAB_MULTIPLE = 128  # embedding rows are padded to this, so that shapes share small FLOP quanta and GEMMs stay aligned
 FFN_MULTIPLE = 64
@@ -267,10 +267,7 @@ def validated(model: type[T], values: Any, where: str) -> T:
             key = ".".join(str(part) for part in problem["loc"]) or "the file"
             if problem["type"] == "extra_forbidden":
                 valid = _fields_at(model, problem["loc"])
-                near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.0)
-                sentences.append(
-                    f"unknown key {key}; the nearest valid key is {near[0]}" if near else f"unknown key {key}"
-                )
+                sentences.append(f"unknown key {key}; {nearest(str(problem['loc'][-1]), valid)}")
             elif problem["type"] == "missing":
                 sentences.append(f"key {key} is missing")
             else:
@@ -300,9 +297,7 @@ def _construct_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
         return value
 
 
-_RecipeLoader.add_implicit_resolver(
-    "!exponent", __import__("re").compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_RecipeLoader.add_implicit_resolver("!exponent", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 _RecipeLoader.add_constructor("!exponent", _construct_scalar)
 
 
@@ -311,25 +306,33 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises HyperLlamaError naming the file (and line) when it is missing, not YAML, or not a mapping.
     """
+    return parse_yaml(read_text(path), path)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a recipe's text.
+
+    Raises HyperLlamaError naming the file when it is missing, a folder, or not UTF-8.
+    """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise HyperLlamaError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise HyperLlamaError(f"{path} is a folder; a YAML recipe was expected") from None
     except UnicodeDecodeError as error:
         raise HyperLlamaError(f"{path} is not UTF-8 text: {error}") from None
-    return _parse_yaml(text, str(path))
 
 
-def _parse_yaml(text: str, where: str) -> dict[str, Any]:
+def parse_yaml(text: str, where: str | Path) -> dict[str, Any]:
+    """A YAML mapping from text; `where` names it in errors. Raises HyperLlamaError as read_yaml does."""
     try:
         values = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
         raise HyperLlamaError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise HyperLlamaError(f"{where} must hold a mapping of keys to values")
+        raise HyperLlamaError(f"{where} is not a recipe: expected a mapping of keys to values")
     return values
 
 
@@ -343,7 +346,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise HyperLlamaError(f"{assignment!r} is not an override: write key.subkey=value")
-        value = _parse_yaml(f"value: {text}", f"the override {assignment!r}")["value"]
+        value = parse_yaml(f"value: {text}", f"the override {assignment!r}")["value"]
         *parents, last = key.split(".")
         node: Any = values
         for part in parents:

@@ -44,11 +44,11 @@ def test_overrides_reach_nested_keys_and_list_elements(recipe):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"optimiser": {}}, "unknown key optimiser; the nearest valid key is optimizer"),
-        ({"optimizer": {"learning_rate": 1.0}}, "unknown key optimizer.learning_rate; the nearest valid key is"),
+        ({"optimiser": {}}, "unknown key optimiser; did you mean 'optimizer'?"),
+        ({"optimizer": {"learning_rate": 1.0}}, "unknown key optimizer.learning_rate; valid are beta1, beta2"),
         (
             {"data": {"sources": [{"path": "a", "wieght": 1.0}], "seq_len": 8}},
-            "data.sources.0.wieght; the nearest valid key is weight",
+            "data.sources.0.wieght; did you mean 'weight'?",
         ),
         ({"budget": {"steps": 3, "tokens": 9}}, "budget: give exactly one of"),
         ({"budget": {}}, "budget: give exactly one of"),

@@ -79,7 +79,11 @@ class Loader:
         if first_window < 0 or count < 0:
             raise ValueError(f"no windows [{first_window}, {first_window} + {count})")
         ready, self._next = self._next, None  # a failed read is not kept: asking again reads again
-        batch = ready[2].result() if ready is not None and ready[:2] == (first_window, count) else self._read(first_window, count)
+        batch = (
+            ready[2].result()
+            if ready is not None and ready[:2] == (first_window, count)
+            else self._read(first_window, count)
+        )
         following = first_window + count
         self._next = following, count, self._thread.submit(self._read, following, count)
         return batch

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from hyperllama.config import ModelConfig, RunConfig, read_yaml, validated
 from hyperllama.data.sample import write_corpus
@@ -38,6 +37,7 @@ from hyperllama.merge.executor import run as run_merge
 from hyperllama.merge.planner import plan as plan_merge
 from hyperllama.merge.recipe import read_recipe
 from hyperllama.train.loop import train
+from hyperllama.train.metrics import console
 
 SAMPLE = (
     "built-in sample sentences in six languages: text to try the software on, which says nothing about real languages"
@@ -82,7 +82,7 @@ class Study:
     """The folders of one study and the steps that fill them."""
 
     def __init__(self, config: ExperimentConfig):
-        self.config, self.out, self.console = config, Path(config.out), Console(stderr=True)
+        self.config, self.out, self.console = config, Path(config.out), console()
         self.tokenizer_file = self.out / "tokenizer.model"
 
     def folder(self, arm: str) -> Path:
@@ -226,7 +226,7 @@ class Study:
 
     def say(self, sentence: str) -> None:
         """Tell the person who watches."""
-        self.console.print(sentence, highlight=False)
+        self.console.print(sentence)
 
 
 def run_experiment(config: ExperimentConfig) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def run_experiment(config: ExperimentConfig) -> dict[str, Any]:
     }
     write_json(study.out / "results.json", results)
     files = write_report(results, study.out)
-    _print_ledgers(study.console, results)
+    _print_ledgers(study, results)
     study.say(f"{study.out / 'results.json'}, {', '.join(str(file) for file in files if file.suffix == '.html')}")
     study.say(f"finished in {(time.perf_counter() - began) / 60:.1f} min")
     return results
@@ -349,14 +349,12 @@ def _curve(metrics: Path) -> list[list[float]]:
     return [[part[-1]["total_flops"], round(sum(line["loss"] for line in part) / len(part), 6)] for part in parts]
 
 
-def _print_ledgers(console: Console, results: dict[str, Any]) -> None:
+def _print_ledgers(study: Study, results: dict[str, Any]) -> None:
     for group in results["equal"]:
-        console.print(f"{group['what']}: {group['flops']:,} FLOPs each", highlight=False)
+        study.say(f"{group['what']}: {group['flops']:,} FLOPs each")
         for row in results["models"]:
             if row["id"] in group["ids"]:
-                console.print(
-                    f"  {row['id']:<28} {row['inherited']:>22,} inherited + {row['spent']:>20,} spent", highlight=False
-                )
+                study.say(f"  {row['id']:<32} {row['inherited']:>22,} inherited + {row['spent']:>20,} spent")
 
 
 def _part(source: Path, language: str, part: str) -> Path:

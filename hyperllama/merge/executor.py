@@ -17,7 +17,7 @@ from hyperllama.merge.recipe import Recipe
 from hyperllama.merge.steps import Step, TensorSource, tensor_steps
 from hyperllama.names import HEAD
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
 
 
 class _InMemory:
@@ -104,7 +104,7 @@ def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
 def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Merge the plan's folders into the folder `out`, which appears whole or not at all.
 
-    progress: called with the bytes of every tensor written; they add up to `plan.bytes_written`.
+    progress: called after every tensor with the bytes written so far and `plan.bytes_written`.
     Returns what was done: {"path", "tensors", "bytes_read", "bytes_written", "ledger", "notes"}.
     Raises HyperLlamaError when `out` exists without `overwrite`, is one of the models, or a result is not finite.
     """
@@ -113,11 +113,13 @@ def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Progr
     card = _card(plan)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
+        done = 0
         for step in plan.steps:
             result = _merged(step, plan.folders)
             yield step.name, result
+            done += result.numel() * result.element_size()
             if progress is not None:
-                progress(result.numel() * result.element_size())
+                progress(done, plan.bytes_written)
 
     write_folder(out, plan.config, tensors(), card, tokenizer_from=plan.tokenizer_from, overwrite=overwrite)
     return {

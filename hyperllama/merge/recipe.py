@@ -7,32 +7,23 @@ A parameter value is one of
 Embedding, final norm and LM head are at t = 0; a slice of one layer is at t = 1.
 """
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from hyperllama.errors import HyperLlamaError
+from hyperllama.config import parse_yaml, read_text
+from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.merge.methods import METHODS
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word: the closest valid one, or all of them."""
-    valid = sorted(valid)
-    if close := difflib.get_close_matches(word, valid, n=1):
-        return f"did you mean '{close[0]}'?"
-    return f"valid are {', '.join(valid)}" if valid else "nothing may stand here"
-
-
 def _scalar(value: Any) -> float | bool:
     if isinstance(value, str):
-        raise ValueError(f"{value!r} is text, expected a number (YAML reads 1e-5 as text: write 1.0e-5)")
+        raise ValueError(f"{value!r} is text, expected a number")
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is not a finite number or true/false")
     return value
@@ -227,12 +218,7 @@ class Recipe(_Strict):
 
 def parse_recipe(text: str, where: str | Path) -> Recipe:
     """A recipe from YAML text; `where` names it in errors. Raises HyperLlamaError naming file and key."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise HyperLlamaError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise HyperLlamaError(f"{where} is not a merge recipe: expected a mapping with 'merge_method'")
+    value = parse_yaml(text, where)
     if "source" in value:
         raise HyperLlamaError(f"{where}: unknown key 'source'; did you mean 'tokenizer_source'?")
     try:
@@ -246,8 +232,4 @@ def parse_recipe(text: str, where: str | Path) -> Recipe:
 
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file. Raises HyperLlamaError naming file and key."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HyperLlamaError(f"{path} cannot be read as a recipe: {error}") from None
-    return parse_recipe(text, path)
+    return parse_recipe(read_text(path), path)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 
 from hyperllama import __version__
 from hyperllama.arena import Arena
@@ -24,7 +23,7 @@ from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.model import Llama
 from hyperllama.train.distributed import Processes, processes
-from hyperllama.train.metrics import Metrics, device_name, peak_flops, progress_bar, speed_text
+from hyperllama.train.metrics import Metrics, console, device_name, peak_flops, progress_bar, speed_text
 from hyperllama.train.plan import Plan, make_plan
 from hyperllama.train.schedule import lr_ratio
 
@@ -49,7 +48,7 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
 
 
 def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str, Any]:
-    config, out, console = plan.config, Path(plan.config.out), Console(stderr=True)
+    config, out = plan.config, Path(plan.config.out)
     o, seq_len = config.optimizer, config.data.seq_len
     arena = Arena(plan.model, plan.dtype, mine.device, training=True)
     model = Llama(plan.model, arena, backend=config.attention)
@@ -90,7 +89,7 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
             mask_first_token_of_document=config.data.mask_document_start,
             pin_memory=mine.device.type == "cuda",
         ) as loader,
-        progress_bar(console, disable=quiet) as bar,
+        progress_bar(console(), disable=quiet) as bar,
     ):
         task = bar.add_task(label, total=plan.steps, completed=step, figures="")
         while step < plan.steps:

@@ -11,6 +11,9 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+from hyperllama.files import write_text
 
 # Dense bf16 tensor-core peak in FLOP/s, without sparsity, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -43,8 +46,7 @@ class Metrics:
         self.last: dict[str, Any] = {}
         if write:
             lines = path.read_text().splitlines(keepends=True)[:resumed_step] if path.is_file() else []
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(lines))
+            write_text(path, "".join(lines))
             self.file = path.open("a")
         self.started = time.perf_counter()
 
@@ -80,16 +82,24 @@ class Metrics:
             self.file.close()
 
 
-def progress_bar(console: Console | None = None, *, disable: bool = False) -> Progress:
+def console() -> Console:
+    """Standard error, for people: lines are never wrapped, and a file or pipe gets the width the bars need."""
+    made = Console(stderr=True, soft_wrap=True, highlight=False)
+    if not made.is_terminal:
+        made.width = 140
+    return made
+
+
+def progress_bar(console: Console, *, disable: bool = False) -> Progress:
     """The bar of every long command: what, how far, elapsed, left, and a free text of figures."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
         console=console,
         disable=disable,
     )

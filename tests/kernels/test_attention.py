@@ -46,7 +46,9 @@ def seen(batch, seq_len, borders):
 def textbook(qkv, n, k, borders):
     """Full score matrices, masked."""
     q, keys, v = separate_heads(qkv, n, k)
-    scores = (q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~seen(*qkv.shape[:2], borders), float("-inf"))
+    scores = (q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(
+        ~seen(*qkv.shape[:2], borders), float("-inf")
+    )
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
@@ -78,7 +80,9 @@ def test_empty_batches_and_single_tokens(name, shape):
     qkv = torch.randn(shape)
     out = attention(qkv, 2, 1, backend=name)
     assert out.shape == (*shape[:2], 8)
-    torch.testing.assert_close(out, qkv[..., 12:].repeat(1, 1, 2) if shape[1] == 1 else out)  # alone, a token sees itself
+    torch.testing.assert_close(
+        out, qkv[..., 12:].repeat(1, 1, 2) if shape[1] == 1 else out
+    )  # alone, a token sees itself
 
 
 @pytest.mark.parametrize("name", ["reference", "sdpa"])

@@ -42,7 +42,9 @@ def test_the_papers_vocabulary_with_padding_masked():
         lambda x, w: [plain(x, w, targets, valid=128001)],
         [x, weight],
     )
-    (dweight,) = torch.autograd.grad(linear_cross_entropy(x, weight.requires_grad_(), targets, valid_vocab=128001), weight)
+    (dweight,) = torch.autograd.grad(
+        linear_cross_entropy(x, weight.requires_grad_(), targets, valid_vocab=128001), weight
+    )
     assert not dweight[128001:].any()
 
 

@@ -18,7 +18,9 @@ def plain_rope(qkv, n, k, positions):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 9, 3, 1, 16), (1, 1, 1, 1, 2), (3, 7, 9, 3, 64), (0, 5, 2, 2, 8), (2, 0, 2, 1, 8)])
+@pytest.mark.parametrize(
+    "shape", [(2, 9, 3, 1, 16), (1, 1, 1, 1, 2), (3, 7, 9, 3, 64), (0, 5, 2, 2, 8), (2, 0, 2, 1, 8)]
+)
 @pytest.mark.parametrize("documents", [False, True])
 def test_error_is_at_most_twice_plain_torchs(dtype, shape, documents):
     batch, seq_len, n, k, h = shape

@@ -311,10 +311,12 @@ class TestFiles:
 
     def test_progress_adds_up_to_the_bytes_written(self, make_model: MakeModel, tmp_path: Path) -> None:
         make_model("a", dtype=torch.bfloat16)
-        steps: list[int] = []
+        steps: list[tuple[int, int]] = []
         made = plan(linear("a"), tmp_path)
-        summary = run(made, tmp_path / "out", progress=steps.append)
-        assert sum(steps) == made.bytes_written == summary["bytes_written"] == summary["bytes_read"]
+        summary = run(made, tmp_path / "out", progress=lambda done, total: steps.append((done, total)))
+        assert steps == sorted(set(steps)) and len(steps) == summary["tensors"]
+        assert steps[-1] == (made.bytes_written, made.bytes_written)
+        assert made.bytes_written == summary["bytes_written"] == summary["bytes_read"]
         assert made.bytes_written == sum(t.numel() * t.element_size() for t in weights(tmp_path / "out").values())
 
     def test_the_tokenizer_comes_along(self, make_model: MakeModel, tmp_path: Path) -> None:
