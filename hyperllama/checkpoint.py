@@ -1,12 +1,14 @@
 """Training state on disk: atomic, checksummed, found by scanning; and the model a run leaves behind.
 
     <run>/checkpoints/step-00000100/state.safetensors    master/<name>, m/<name>, v/<name>, all fp32
-                                    state.json           step, windows, ledger, token counts, SHA-256 of state.safetensors
+                                    state.json           step, windows, ledger, token counts, SHA-256 of both files
     <run>/model/                                         the finished model, a Hugging Face folder
 
 Weights are not stored: they are the masters, rounded. So a resumed run continues from the same bits.
 """
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,17 @@ def save_state(run: Path, step: int, arena: Arena, state: dict[str, Any], keep: 
         views = {f"{role}/{name}": view for role in ROLES for name, view in arena.logical(role).items()}  # type: ignore[arg-type]
         # as numpy arrays: safetensors' torch writer refuses views that share a buffer
         save_file({name: view.cpu().numpy() for name, view in views.items()}, str(temporary / "state.safetensors"))
-        write_json(
-            temporary / "state.json", {"step": step, **state, "sha256": sha256_file(temporary / "state.safetensors")}
-        )
+        state = {"step": step, **state}
+        write_json(temporary / "state.json", {**state, "sha256": _checksum(temporary / "state.safetensors", state)})
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def _checksum(file: Path, state: dict[str, Any]) -> str:
+    """SHA-256 over the tensors' file and the state beside it."""
+    text = sha256_file(file) + json.dumps(state, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -49,10 +56,10 @@ def load_state(folder: Path, arena: Arena) -> dict[str, Any]:
     Raises HyperLlamaError when the checkpoint is damaged or belongs to another model; the arena is then unusable.
     """
     state = read_json(folder / "state.json")
-    file = folder / "state.safetensors"
-    if not file.is_file() or sha256_file(file) != state.get("sha256"):
+    file, recorded = folder / "state.safetensors", state.pop("sha256", None)
+    if not file.is_file() or _checksum(file, state) != recorded:
         raise HyperLlamaError(
-            f"{file} is damaged (its SHA-256 is not the recorded one): remove {folder} to resume before it"
+            f"{file} or state.json is damaged (their SHA-256 is not the recorded one): remove {folder} to resume before it"
         )
     try:
         with safe_open(str(file), framework="pt") as handle:

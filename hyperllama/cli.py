@@ -111,7 +111,11 @@ def data_inspect(
     from hyperllama.data.shards import inspect
     from hyperllama.data.tokenizer import Tokenizer
 
-    _print(inspect(folder, Tokenizer.load(tokenizer) if tokenizer else None), as_json)
+    report = inspect(folder, Tokenizer.load(tokenizer) if tokenizer else None)
+    _print(report, as_json)
+    for name, state in report["files"].items():
+        if state != "ok":
+            raise HyperLlamaError(f"{folder / name} {state}: copy the shard folder again, or build it again")
 
 
 @data_app.command("sample")

@@ -11,6 +11,7 @@ with pairs = T^2 (`dense`: budgets and matching) or the pairs a causal mask allo
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import lcm
+from pathlib import Path
 from typing import Any, Literal
 
 from hyperllama.config import ModelConfig
@@ -89,9 +90,18 @@ class Ledger:
         return {"run": self.run, "spent": self.spent, "ancestors": dict(sorted(self.ancestors.items()))}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Ledger":
-        """The inverse of to_json."""
-        return cls(value["run"], value["spent"], dict(value["ancestors"]))
+    def from_json(cls, value: Any, where: str | Path) -> "Ledger":
+        """The inverse of to_json; `where` names the file in errors. Raises HyperLlamaError when it is no ledger."""
+        try:
+            ledger = cls(value["run"], value["spent"], dict(value["ancestors"]))
+        except (TypeError, KeyError, ValueError):
+            ledger = cls("", -1)
+        counts = [ledger.spent, *ledger.ancestors.values()]
+        if not isinstance(ledger.run, str) or not all(type(count) is int and count >= 0 for count in counts):
+            raise HyperLlamaError(
+                f"{where}: ledger is not a run, the FLOPs it spent and those of its ancestors"
+            ) from None
+        return ledger
 
     @classmethod
     def child(cls, run: str, parents: Iterable["Ledger"]) -> "Ledger":

@@ -20,6 +20,7 @@ from hyperllama import __version__
 from hyperllama.config import ModelConfig, validated
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import atomic_folder, read_json, sha256_file, write_json
+from hyperllama.flops import Ledger
 from hyperllama.names import FINAL_NORM, HEAD
 
 CARD = "hyperllama.json"
@@ -56,7 +57,13 @@ class Folder:
             except (SafetensorError, OSError) as error:
                 raise HyperLlamaError(f"{file} is damaged or not a safetensors file: {error}") from None
             self._where.update(dict.fromkeys(handle.keys(), handle))
-        self.names: list[str] = sorted(self._where)
+        # old exporters stored RoPE's frequencies with the weights; they follow from rope_theta
+        self.names: list[str] = sorted(name for name in self._where if not name.endswith("rotary_emb.inv_freq"))
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        """The ledger on the folder's card; none for a model from elsewhere."""
+        return [Ledger.from_json(self.card["ledger"], self.path / CARD)] if "ledger" in self.card else []
 
     def _slice(self, name: str) -> Any:
         if name not in self._where:
@@ -107,7 +114,9 @@ def open_folder(path: str | Path) -> Folder:
                 raise HyperLlamaError(f"{index} names {file.name}, which is not in the folder")
     else:
         raise HyperLlamaError(f"{path} has no model.safetensors and no model.safetensors.index.json")
-    card = card_of(path)
+    card = read_json(path / CARD) if (path / CARD).is_file() else {}
+    if not isinstance(card, dict):
+        raise HyperLlamaError(f"{path / CARD} must hold a mapping")
     folder = Folder(path, config, card, files)
     if index.is_file() and len(files) > 1:
         missing = sorted(set(read_json(index)["weight_map"]) - set(folder.names))
@@ -301,9 +310,3 @@ def folded(
         if name == FINAL_NORM and config.lm_head_normalization_factor != 1.0:
             tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) / config.lm_head_normalization_factor
         yield name, tensor.detach().to("cpu", dtype, copy=True)  # a copy: safetensors refuses views that share a buffer
-
-
-def card_of(path: str | Path) -> dict[str, Any]:
-    """The card of a folder written by us, or an empty one when it has none."""
-    file = Path(path) / CARD
-    return read_json(file) if file.is_file() else {}

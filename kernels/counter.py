@@ -23,8 +23,8 @@ def key_of(*parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def _signed(value: int) -> int:
-    """The int64 with the bits of a uint64: torch multiplies int64 modulo 2^64, which is all that is needed."""
+def signed(value: int) -> int:
+    """The int64 with the bits of a uint64: torch's integers are int64, and multiply modulo 2^64."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
@@ -35,7 +35,7 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 def uniform(key: int, counter: Tensor) -> Tensor:
     """Uniform fp32 in [0, 1), multiples of 2^-24, for every int64 in `counter`."""
-    z = (counter + 1) * _signed(_GAMMA) + _signed(key)
-    z = (z ^ _shift(z, 30)) * _signed(_MIX1)
-    z = (z ^ _shift(z, 27)) * _signed(_MIX2)
+    z = (counter + 1) * signed(_GAMMA) + signed(key)
+    z = (z ^ _shift(z, 30)) * signed(_MIX1)
+    z = (z ^ _shift(z, 27)) * signed(_MIX2)
     return _shift(z ^ _shift(z, 31), 40).to(torch.float32) * 2**-24

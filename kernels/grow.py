@@ -16,26 +16,19 @@ import torch
 from torch import Tensor
 
 from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels.counter import key_of, uniform
+from hyperllama.kernels.backend import define
+from hyperllama.kernels.counter import key_of, signed, uniform
 
 MIN_NOISE_DB = 4.78  # sqrt(3) * 10^(-dB/20) <= 1 keeps the larger share at most S
 
 
-def grow(source: Tensor, row_copies: int, col_copies: int, *, noise_db: float | None = None, key: int = 0) -> Tensor:
-    """Tile a matrix (R, C) or vector (R,) to (p R, q C) and divide by q = `col_copies`; the dtype is kept.
-
-    `noise_db` adds paired noise (at least 4.78 dB), drawn from `key`.
-    Raises HyperLlamaError when the noise would be too loud to keep the pairs' sums exact.
-    """
+def grow_reference(source: Tensor, row_copies: int, col_copies: int, noise_db: float | None, key: int) -> Tensor:
+    """Tiles, quotient and paired noise in plain torch."""
     if source.dim() == 1:
         return source.repeat(row_copies)
     out = source.repeat(row_copies, col_copies) / col_copies
     if noise_db is None or col_copies < 2:
         return out
-    if noise_db < MIN_NOISE_DB:
-        raise HyperLlamaError(
-            f"noise of {noise_db} dB is too loud: at least {MIN_NOISE_DB} dB keeps the function exact"
-        )
     rows, cols = out.shape[0], source.shape[1]
     scale = 3**0.5 * 10 ** (-noise_db / 20)
     shared = (source / (col_copies / 2)).repeat(row_copies, 1)
@@ -52,6 +45,28 @@ def grow(source: Tensor, row_copies: int, col_copies: int, *, noise_db: float | 
         out[:, first : first + cols] = torch.where(coin, larger, smaller)
         out[:, first + cols : first + 2 * cols] = torch.where(coin, smaller, larger)
     return out
+
+
+_grow = define(
+    "grow(Tensor source, int row_copies, int col_copies, float? noise_db, int key) -> Tensor",
+    grow_reference,
+    lambda source, row_copies, col_copies, noise_db, key: source.new_empty(
+        [size * copies for size, copies in zip(source.shape, (row_copies, col_copies), strict=False)]
+    ),
+)
+
+
+def grow(source: Tensor, row_copies: int, col_copies: int, *, noise_db: float | None = None, key: int = 0) -> Tensor:
+    """Tile a matrix (R, C) or vector (R,) to (p R, q C) and divide by q = `col_copies`; the dtype is kept.
+
+    `noise_db` adds paired noise (at least 4.78 dB), drawn from the 64-bit `key`.
+    Raises HyperLlamaError when the noise would be too loud to keep the pairs' sums exact.
+    """
+    if noise_db is not None and noise_db < MIN_NOISE_DB:
+        raise HyperLlamaError(
+            f"noise of {noise_db} dB is too loud: at least {MIN_NOISE_DB} dB keeps the function exact"
+        )
+    return _grow(source, row_copies, col_copies, noise_db, signed(key))
 
 
 def noise_key(seed: int, name: str) -> int:

@@ -14,13 +14,15 @@
 Tensors share one shape; their dtypes are free. Arithmetic is fp32 (fp64 when any input is fp64), rounded once, to the
 output dtype. A non-finite input element makes the output element non-finite, also where TIES would have dropped it.
 Sources: Wortsman et al. 2022 (linear), Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES); edge cases are
-mergekit's, except that there the order among equal magnitudes is unspecified.
+mergekit's, except that there the order among equal magnitudes is unspecified. Reference only.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from hyperllama.kernels.backend import define
 
 SMALLEST_DIVISOR = 1e-8
 SMALLEST_NORM = 1e-7
@@ -137,66 +139,27 @@ def ties_reference(
     return total.mul_(lam).add_(base).to(out_dtype)
 
 
-@torch.library.custom_op("hyperllama::merge_linear", mutates_args=())
-def _linear_op(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool, out_dtype: torch.dtype) -> Tensor:
-    return linear_reference(tensors, weights, normalize, out_dtype)
+def _like(first: Tensor, dtype: torch.dtype) -> Tensor:
+    return first.new_empty(first.shape, dtype=dtype)
 
 
-@_linear_op.register_fake
-def _(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool, out_dtype: torch.dtype) -> Tensor:
-    return tensors[0].new_empty(tensors[0].shape, dtype=out_dtype)
-
-
-@torch.library.custom_op("hyperllama::merge_task_arithmetic", mutates_args=())
-def _task_arithmetic_op(
-    base: Tensor,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    lam: float,
-    normalize: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return task_arithmetic_reference(base, tensors, weights, lam, normalize, out_dtype)
-
-
-@_task_arithmetic_op.register_fake
-def _(
-    base: Tensor,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    lam: float,
-    normalize: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return base.new_empty(base.shape, dtype=out_dtype)
-
-
-@torch.library.custom_op("hyperllama::merge_ties", mutates_args=())
-def _ties_op(
-    base: Tensor,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    densities: Sequence[float],
-    lam: float,
-    normalize: bool,
-    rescale: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return ties_reference(base, tensors, weights, densities, lam, normalize, rescale, out_dtype)
-
-
-@_ties_op.register_fake
-def _(
-    base: Tensor,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    densities: Sequence[float],
-    lam: float,
-    normalize: bool,
-    rescale: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return base.new_empty(base.shape, dtype=out_dtype)
+_linear = define(
+    "merge_linear(Tensor[] tensors, float[] weights, bool normalize, ScalarType out_dtype) -> Tensor",
+    linear_reference,
+    lambda tensors, weights, normalize, out_dtype: _like(tensors[0], out_dtype),
+)
+_task_arithmetic = define(
+    "merge_task_arithmetic(Tensor base, Tensor[] tensors, float[] weights, float lam, bool normalize, "
+    "ScalarType out_dtype) -> Tensor",
+    task_arithmetic_reference,
+    lambda base, tensors, weights, lam, normalize, out_dtype: _like(base, out_dtype),
+)
+_ties = define(
+    "merge_ties(Tensor base, Tensor[] tensors, float[] weights, float[] densities, float lam, bool normalize, bool rescale, "
+    "ScalarType out_dtype) -> Tensor",
+    ties_reference,
+    lambda base, tensors, weights, densities, lam, normalize, rescale, out_dtype: _like(base, out_dtype),
+)
 
 
 def linear(
@@ -209,7 +172,7 @@ def linear(
     """
     _check(tensors, weights)
     out_dtype = out_dtype or common_dtype([t.dtype for t in tensors])
-    return torch.ops.hyperllama.merge_linear(tensors, weights, normalize, out_dtype)
+    return _linear(tensors, weights, normalize, out_dtype)
 
 
 def task_arithmetic(
@@ -227,7 +190,7 @@ def task_arithmetic(
     """
     _check([*tensors, base], [*weights, 0.0])
     out_dtype = out_dtype or common_dtype([base.dtype, *(t.dtype for t in tensors)])
-    return torch.ops.hyperllama.merge_task_arithmetic(base, tensors, weights, lam, normalize, out_dtype)
+    return _task_arithmetic(base, tensors, weights, lam, normalize, out_dtype)
 
 
 def ties(
@@ -248,4 +211,4 @@ def ties(
     """
     _check([*tensors, base], [*weights, 0.0], [*densities, 0.0])
     out_dtype = out_dtype or common_dtype([base.dtype, *(t.dtype for t in tensors)])
-    return torch.ops.hyperllama.merge_ties(base, tensors, weights, densities, lam, normalize, rescale, out_dtype)
+    return _ties(base, tensors, weights, densities, lam, normalize, rescale, out_dtype)

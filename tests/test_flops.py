@@ -97,9 +97,19 @@ def test_a_ledger_counts_each_ancestor_once():
         language.spent = 7
     merged = Ledger.child("merge", languages)
     assert (merged.inherited, merged.total) == (100 + 35, 135)
-    assert Ledger.from_json(merged.to_json()) == merged
+    assert Ledger.from_json(merged.to_json(), "card") == merged
 
 
 def test_of_two_moments_of_one_run_the_later_counts():
     merged = Ledger.child("merge", [Ledger("a", 5, {"base": 80}), Ledger("b", 5, {"base": 100})])
     assert merged.inherited == 110
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, {}, [1], {"run": "a", "spent": 1.5, "ancestors": {}}, {"run": "a", "spent": -1, "ancestors": {}},
+     {"run": 3, "spent": 1, "ancestors": {}}, {"run": "a", "spent": 1, "ancestors": {"b": "2"}}],
+)  # fmt: skip
+def test_what_is_no_ledger_is_refused(value):
+    with pytest.raises(HyperLlamaError, match=r"^card\.json: ledger is not a run"):
+        Ledger.from_json(value, "card.json")

@@ -249,3 +249,14 @@ def test_missing_and_damaged_files_are_named(tmp_path, monkeypatch):
     for content in ("[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": []}'):
         (path / "model.safetensors.index.json").write_text(content)
         refused(path, "index.json", "weight_map")
+
+
+def test_rope_frequencies_of_old_exporters_are_passed_over(tmp_path):
+    config = shape()
+    model = random_model(config, torch.float32)
+    tensors = folded(config, model.arena.logical("weights").items(), torch.float32)
+    stored = ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))
+    write_folder(tmp_path / "old", hf_config(config, torch.float32), [*tensors, stored], {})
+    arena = Arena(config, torch.float32, "cpu", training=False)
+    read_weights(open_folder(tmp_path / "old"), config, arena.logical("weights"))
+    assert torch.equal(arena.weights, model.arena.weights)

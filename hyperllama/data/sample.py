@@ -222,16 +222,19 @@ def minimal_pairs(language: str, seed: int, count: int) -> Iterator[dict[str, st
 
     Raises HyperLlamaError when the language's word lists can't make so many.
     """
-    rules, seen, i = grammar(language), set[str](), 0
+    rules, seen, i, misses = grammar(language), set[str](), 0, 0
     while len(seen) < count:
         random = Random(f"{language}/{seed}/pair/{i}")
         phenomenon, good, bad = rules.pairs[i % len(rules.pairs)]
         words: dict[str, Word] = {}
         pair = {"good": _spell(good, words, random), "bad": _spell(bad, words, random)}
         i += 1
-        if i > 100 * count + 1000:
-            raise HyperLlamaError(f"the sample text in {language} has no {count} minimal pairs: ask for fewer")
-        if pair["good"] not in seen and pair["good"] != pair["bad"]:
+        if pair["good"] in seen or pair["good"] == pair["bad"]:
+            misses += 1
+            if misses > 1000:
+                raise HyperLlamaError(f"the sample text in {language} has no {count} minimal pairs: ask for fewer")
+        else:
+            misses = 0
             seen.add(pair["good"])
             yield {**pair, "phenomenon": phenomenon, "lang": language, "source": SOURCE}
 

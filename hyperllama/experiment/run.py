@@ -30,7 +30,7 @@ from hyperllama.evaluate import evaluate_folder
 from hyperllama.experiment.recipe import FAMILIES, Arm, Budgets, ExperimentConfig, budgets, grid
 from hyperllama.experiment.report import write_report
 from hyperllama.files import atomic_folder, read_json, write_json, write_text
-from hyperllama.flops import Ledger, window_flops
+from hyperllama.flops import window_flops
 from hyperllama.grow.hyperclone import grow_folder
 from hyperllama.hub import folder_hashes, model_config, open_folder
 from hyperllama.merge.executor import run as run_merge
@@ -327,7 +327,7 @@ def _merge_row(study: Study, name: str, method: str, family: str) -> dict[str, A
 
 def _model_row(study: Study, name: str, family: str, kind: str) -> dict[str, Any]:
     folder = open_folder(study.folder(name))
-    ledger = Ledger.from_json(folder.card["ledger"])
+    (ledger,) = folder.ledgers
     return {
         "id": name,
         "family": family,

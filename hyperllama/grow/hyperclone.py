@@ -24,7 +24,6 @@ from hyperllama.errors import HyperLlamaError
 from hyperllama.flops import Ledger, window_flops
 from hyperllama.hub import (
     Folder,
-    card_of,
     folded,
     folder_hashes,
     hf_config,
@@ -79,7 +78,8 @@ def grow_folder(
     """Grow the model in a Hugging Face folder into a new folder and verify that its function was kept.
 
     Growing costs no FLOPs; the new card's ledger inherits the small model's. Returns the plan with the verification's figures.
-    Raises HyperLlamaError, with nothing written, when the input is not a Llama or the function was not kept.
+    Raises HyperLlamaError, with nothing written, when the input is not a Llama, or when a power-of-two factor, whose divisions
+    are exact, did not keep the function. Other factors round every divided weight: the figures say by how much that tells.
     """
     plan = plan_growth(path, factor, noise_db, seed)
     folder = open_folder(path)
@@ -119,11 +119,11 @@ def _tensors(model: Llama) -> Iterator[tuple[str, Tensor]]:
 
 
 def _card(folder: Folder, factor: int, noise_db: float | None, seed: int) -> dict[str, Any]:
-    parent = card_of(folder.path)
+    parent = folder.card
     growth = {"method": "hyperclone", "factor": factor, "noise_db": noise_db, "seed": seed}
     made_from = [{"path": str(folder.path), "sha256": folder_hashes(folder)}]
     digest = hashlib.sha256(json.dumps([growth, made_from[0]["sha256"]], sort_keys=True).encode()).hexdigest()
-    ledger = Ledger.child(f"grow-{digest[:12]}", [Ledger.from_json(parent["ledger"])] if "ledger" in parent else [])
+    ledger = Ledger.child(f"grow-{digest[:12]}", folder.ledgers)
     return {
         "kind": "grow",
         "ledger": ledger.to_json(),

@@ -74,8 +74,7 @@ def _card(plan: Plan) -> dict[str, Any]:
             continue
         seen.add(id(folder))
         made_from += [{"path": f"{label}/{name}", "sha256": digest} for name, digest in folder_hashes(folder).items()]
-        if "ledger" in folder.card:
-            ledgers.append(Ledger.from_json(folder.card["ledger"]))
+        ledgers += folder.ledgers
         by_model[label] = dict(folder.card.get("token_counts", {}))
         for language, count in by_model[label].items():
             tokens[language] = tokens.get(language, 0) + count

@@ -181,7 +181,7 @@ def _start(plan: Plan, model: Llama, device: torch.device) -> tuple[int, Ledger,
     arena, saved = model.arena, checkpoints(Path(plan.config.out))
     if saved:
         state = load_state(saved[-1], arena)
-        return state["step"], Ledger.from_json(state["ledger"]), state["token_counts"]
+        return state["step"], Ledger.from_json(state["ledger"], saved[-1]), state["token_counts"]
     if plan.start is not None:
         read_weights(plan.start, plan.model, arena.logical("weights"))
         arena.master_from_weights()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def make_plan(config: RunConfig) -> Plan:
         start, model = None, config.model.resolve(tokenizer.vocab_size, seq_len)
     cost = window_flops(model, seq_len)
     run_id = _run_id(config, mixture, start)
-    ledger = Ledger.child(run_id, [Ledger.from_json(start.card["ledger"])] if start and "ledger" in start.card else [])
+    ledger = Ledger.child(run_id, start.ledgers if start else [])
     windows = _windows(config, cost, ledger)
     mixture.check(windows)
     milestones = {}
@@ -136,14 +137,15 @@ def make_plan(config: RunConfig) -> Plan:
 
 def _mixture(config: RunConfig, tokenizer: Tokenizer) -> Mixture:
     data = config.data
-    opened = [(source, Shards.open(source.path, verify=data.verify)) for source in data.sources]
+    verify = data.verify and os.environ.get("LOCAL_RANK", "0") == "0"  # one process a node reads every byte
+    opened = [(source, Shards.open(source.path, verify=verify)) for source in data.sources]
     weights = [source.weight if source.weight is not None else float(shards.tokens) for source, shards in opened]
     if len({source.weight is None for source in data.sources}) > 1:
         raise HyperLlamaError("data.sources: give every source a weight, or none (then tokens decide)")
     folders = [(shards, weight, source.max_epochs) for (source, shards), weight in zip(opened, weights, strict=True)]
     if data.replay is not None:
         share = data.replay.fraction / (1 - data.replay.fraction) * sum(weights)
-        folders.append((Shards.open(data.replay.path, verify=data.verify), share, None))
+        folders.append((Shards.open(data.replay.path, verify=verify), share, None))
     names = [shards.path.name for shards, _, _ in folders]  # the order hangs on names: a moved corpus keeps its order
     if len(set(names)) < len(names):
         names = [str(shards.path) for shards, _, _ in folders]
@@ -173,7 +175,7 @@ def _windows(config: RunConfig, cost: int, ledger: Ledger) -> int:
     record = read_json(file)
     if "ledger" not in record:
         raise HyperLlamaError(f"{file} has no ledger: {other} is not a run that finished")
-    theirs = Ledger.from_json(record["ledger"])
+    theirs = Ledger.from_json(record["ledger"], file)
     flops = theirs.total - ledger.inherited if budget.match_total else theirs.spent
     if flops <= 0:
         raise HyperLlamaError(

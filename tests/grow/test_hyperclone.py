@@ -189,6 +189,16 @@ def test_too_loud_noise_is_refused():
         grow(torch.ones(2, 2), 2, 2, noise_db=4)
 
 
+@pytest.mark.parametrize("noise_db", [None, 10.0])
+@pytest.mark.parametrize("source", [torch.randn(5, 3), torch.randn(7), torch.empty(0, 3)], ids=["2-d", "1-d", "empty"])
+def test_the_op_is_registered(source, noise_db):
+    torch.library.opcheck(torch.ops.hyperllama.grow.default, (source, 2, 3, noise_db, -5))
+    compiled = torch.compile(
+        lambda x: grow(x, 2, 2, noise_db=noise_db, key=2**64 - 1), backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(source), grow(source, 2, 2, noise_db=noise_db, key=2**64 - 1))
+
+
 def splitmix64(key: int, counter: int) -> float:
     """The counter-th output of SplitMix64 seeded with `key`, in Python's integers: its top 24 bits as a fraction."""
     mask = 2**64 - 1

@@ -1,0 +1,324 @@
+"""Every command as a user types it: what it prints, what it writes, and how it refuses."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hyperllama import __version__, cli
+from hyperllama.data.tokenizer import train_tokenizer
+from tests.study import SEQ_LEN, make_study, settings
+
+
+class Outcome:
+    """What a command left behind: exit code, standard output, standard error."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["hyperllama", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return Outcome(ended.value.code, printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture
+def refuse(run, tmp_path):
+    """Run a command that must be refused: one sentence with `parts`, exit code 2, no file written."""
+
+    def call(*arguments: object, parts: list[str]) -> None:
+        before = files(tmp_path)
+        outcome = run(*arguments)
+        assert outcome.code == 2, outcome.err
+        lines = [line for line in outcome.err.splitlines() if line.startswith("hyperllama: ")]
+        assert len(lines) == 1 and "Traceback" not in outcome.err
+        for part in parts:
+            assert part in lines[0]
+        assert files(tmp_path) == before
+
+    return call
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def model(study, tmp_path_factory):
+    """A trained model folder, by the command."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(settings(study, out)))
+    command = [sys.executable, "-m", "hyperllama", "train", str(recipe), "--quiet", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["ledger"]["spent"] > 0
+    return out / "model"
+
+
+@pytest.fixture
+def recipe(study, tmp_path):
+    def write(**changes: object) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(settings(study, tmp_path / "run", **changes)))
+        return file
+
+    return write
+
+
+def damaged(folder: Path, to: Path, name: str, *, cut: int = 0) -> Path:
+    """A copy of a folder in which one file is shorter by `cut` bytes, or has one bit flipped in the middle."""
+    shutil.copytree(folder, to)
+    file = next(to.rglob(name))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0 if cut else 1
+    file.write_bytes(content[: len(content) - cut])
+    return to
+
+
+# What the commands do
+
+
+def test_help_names_the_verbs_and_version_is_the_packages(run):
+    text = run("--help").out
+    for verb in ("train", "grow", "merge", "eval", "flops", "generate", "experiment", "runs", "data", "tokenizer"):
+        assert verb in text
+        assert run(verb, "--help").code == 0
+    assert run("--version").out.strip() == __version__
+
+
+def test_a_dry_run_prints_exact_integers_and_writes_nothing(run, recipe, tmp_path):
+    file = recipe()
+    before = files(tmp_path)
+    plan = run("train", file, "--dry-run", "--json", "global_batch=10").json
+    assert plan["steps"] == 5 and plan["tokens"] == 50 * SEQ_LEN
+    assert plan["budget_flops"] == 50 * plan["flops_per_window_dense"] == plan["total_flops"]
+    assert {"memory_bytes", "reads", "writes", "parameters"} <= set(plan)
+    assert f"{plan['budget_flops']:,}" in run("train", file, "--dry-run").out
+    assert files(tmp_path) == before
+
+
+def test_tokenizer_and_shards_from_txt_jsonl_and_gz(run, tmp_path):
+    sentence = "the quick brown fox jumps over the lazy dog and runs away from here "
+    words = [sentence * 3 + str(i) for i in range(60)]
+    (tmp_path / "a.txt").write_text("\n\n".join(words))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": word}) + "\n" for word in words))
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "swift", "lang": "swe"}) + "\n")
+    texts = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.jsonl.gz")]
+    tokenizer, out = tmp_path / "t.model", tmp_path / "shards"
+    assert run("tokenizer", "train", *texts, "--out", tokenizer, "--vocab", 300, "--dry-run").code == 0
+    assert not tokenizer.exists()
+    assert "300 tokens" in run("tokenizer", "train", *texts, "--out", tokenizer, "--vocab", 300).out
+    build = ("data", "build", *texts, "--tokenizer", tokenizer, "--out", out, "--language", "eng", "--json")
+    assert run(*build, "--dry-run").json["writes"] == str(out) and not out.exists()
+    built = run(*build).json
+    assert set(built["languages"]) == {"eng", "swe"}
+    seen = run("data", "inspect", out, "--tokenizer", tokenizer, "--json").json
+    assert seen["tokens"] == built["tokens"] and seen["documents"] == built["documents"]
+
+
+def test_flops_of_a_folder_and_of_the_recipe_that_made_it(run, model, recipe):
+    of_folder = run("flops", model, "--seq-len", SEQ_LEN, "--with", "grow:2", "--json").json
+    of_recipe = run("flops", recipe(), "--seq-len", SEQ_LEN, "--with", "grow:2", "--json").json
+    assert of_folder == of_recipe
+    assert {"parameters", "dense_flops_per_window", "causal_flops_per_window", "shared_quantum"} <= set(of_folder)
+    assert of_folder["shared_quantum"]["flops"] % of_folder["grown"]["dense_flops_per_window"] == 0
+
+
+def test_grow_merge_eval_generate_and_runs(run, model, study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "base")
+    assert run("grow", "base", "big", "--dry-run", "--json").json["writes"] == "big" and not Path("big").exists()
+    assert "function preserved" in run("grow", "base", "big", "--noise-db", 10, "--seed", 3).out
+    assert run("grow", "base", "plain", "--json").json["verified"]["preserved"]
+
+    merge = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in ("big", "plain")]}
+    Path("merge.yaml").write_text(yaml.safe_dump(merge | {"dtype": "float32"}))
+    assert "writes" in run("merge", "merge.yaml", "merged", "--dry-run", "--json").json
+    assert not Path("merged").exists()
+    merged = run("merge", "merge.yaml", "merged", "--json").json
+    spent = json.loads((model / "hyperllama.json").read_text())["ledger"]
+    assert merged["ledger"]["ancestors"] == {spent["run"]: spent["spent"]}
+
+    dev = study / "corpus" / "text"
+    texts = [dev / "eng" / "dev.jsonl", dev / "swe" / "dev.jsonl"]
+    pairs = study / "corpus" / "minimal_pairs" / "eng.jsonl"
+    figures = {}
+    for name in ("base", "big", "merged"):
+        AutoModelForCausalLM.from_pretrained(name)
+        result = run("eval", name, "--text", *texts, "--pairs", pairs, "--json").json
+        assert set(result["texts"]) == set(map(str, texts))
+        for figure in result["texts"].values():
+            assert {"documents", "bytes", "tokens", "nll_nats", "bits_per_byte", "perplexity"} <= set(figure)
+        assert {"pairs", "accuracy", "by_phenomenon"} <= set(result["pairs"][str(pairs)])
+        figures[name] = result["texts"][str(texts[0])]["bits_per_byte"]
+    assert figures["big"] == pytest.approx(figures["base"], rel=1e-5)
+    assert figures["merged"] == pytest.approx(figures["base"], rel=1e-3)
+
+    drawn = ("generate", "base", "--prompt", "The", "--max-tokens", 5, "--temperature", 1.0, "--seed", 4)
+    assert run(*drawn).out == run(*drawn).out != ""
+    (row,) = run("runs", model.parent, "--json").json
+    assert row["spent_flops"] == spent["spent"] and row["tokens"] == 50 * SEQ_LEN
+    assert run("runs", model.parent).code == 0
+
+
+# How they refuse
+
+
+def test_an_unknown_command_or_option_is_a_usage_error(run):
+    for arguments in (["grwo"], ["grow", "--factr", "2"], ["merge"]):
+        outcome = run(*arguments)
+        assert outcome.code == 2 and "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "none"], ["flops", "none", "--seq-len", "8"], ["grow", "none", "out"], ["merge", "none", "out"],
+        ["eval", "none", "--text", "none"], ["generate", "none", "--prompt", "a"], ["experiment", "none"], ["runs", "none"],
+        ["data", "inspect", "none"], ["data", "build", "none", "--tokenizer", "none", "--out", "out"],
+        ["tokenizer", "train", "none", "--out", "out", "--vocab", "300"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)  # fmt: skip
+def test_a_missing_file_is_named(refuse, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    refuse(*arguments, parts=["none"])
+
+
+@pytest.mark.parametrize(("content", "sentence"), [(b"", "empty"), (b"good\n\xff\xfe bad", "UTF-8")])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_empty_and_undecodable_text_is_refused(refuse, study, model, tmp_path, name, content, sentence):
+    text = tmp_path / name
+    text.write_bytes(content)
+    tokenizer = study / "tokenizer.model"
+    refuse("data", "build", text, "--tokenizer", tokenizer, "--out", tmp_path / "out", parts=[name])
+    refuse("tokenizer", "train", text, "--out", tmp_path / "t.model", "--vocab", 300, parts=[name])
+    refuse("eval", model, "--text", text, parts=[name])
+
+
+def test_an_unknown_key_is_named_with_the_nearest(refuse, recipe):
+    refuse("train", recipe(), "optimizer.lr_=1", parts=["recipe.yaml", "unknown key optimizer.lr_", "'lr'"])
+    refuse("train", recipe(), "--dry-run", "optimiser.lr=1", parts=["unknown key optimiser", "'optimizer'"])
+
+
+def test_a_budget_that_is_not_whole_windows_names_the_nearest(refuse, run, recipe):
+    cost = run("train", recipe(), "--dry-run", "--json").json["flops_per_window_dense"]
+    budget = {"flops": 3 * cost + 1}
+    refuse("train", recipe(budget=budget), parts=[str(3 * cost), str(4 * cost)])
+    refuse("train", recipe(budget=budget), "--dry-run", parts=[str(3 * cost), str(4 * cost)])
+
+
+@pytest.mark.parametrize("cut", [0, 7], ids=["bit-flipped", "truncated"])
+def test_a_damaged_shard_is_refused(refuse, study, recipe, tmp_path, cut):
+    folder = damaged(study / "shards" / "eng", tmp_path / "eng", "*.bin", cut=cut)
+    refuse("data", "inspect", folder, parts=[str(folder)])
+    refuse("train", recipe(data={"sources": [{"path": str(folder)}], "seq_len": SEQ_LEN}), parts=[str(folder)])
+
+
+def test_a_truncated_model_is_refused_by_every_reader(refuse, study, model, recipe, tmp_path):
+    folder = damaged(model, tmp_path / "cut", "model.safetensors", cut=100)
+    merge = tmp_path / "merge.yaml"
+    merge.write_text(
+        yaml.safe_dump({"merge_method": "linear", "models": [{"model": str(folder), "parameters": {"weight": 1}}]})
+    )
+    broken = "cut/model.safetensors"
+    refuse("grow", folder, tmp_path / "out", parts=[broken])
+    refuse("merge", merge, tmp_path / "out", parts=[broken])
+    refuse("eval", folder, "--text", study / "corpus" / "text" / "eng" / "dev.jsonl", parts=[broken])
+    file = recipe(init_from=str(folder))
+    file.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(file.read_text()).items() if k != "model"}))
+    refuse("train", file, parts=[broken])
+
+
+def test_a_tokenizer_that_is_not_the_shards_or_the_models_is_refused(refuse, study, model, recipe, tmp_path):
+    other = tmp_path / "other.model"
+    train_tokenizer([study / "corpus" / "text" / "swe" / "train.jsonl"], other, 600, seed=1)
+    refuse("train", recipe(tokenizer=str(other)), parts=["shards/eng", "other.model"])
+    folder = shutil.copytree(model, tmp_path / "model")
+    shutil.copy(other, folder / "tokenizer.model")
+    refuse("eval", folder, "--text", study / "corpus" / "text" / "eng" / "dev.jsonl", parts=["600 tokens", "512"])
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(refuse, study, recipe):
+    shape = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 384}
+    refuse("train", recipe(model=shape), parts=["vocab_size is 384", "512 tokens"])
+
+
+def test_models_of_different_shapes_are_not_merged(refuse, run, model, tmp_path):
+    assert run("grow", model, tmp_path / "big").code == 0
+    models = [{"model": str(path), "parameters": {"weight": 1}} for path in (model, tmp_path / "big")]
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    refuse("merge", tmp_path / "merge.yaml", tmp_path / "out", parts=[str(model), "big"])
+
+
+def test_output_that_exists_is_kept(refuse, model, study, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    refuse("grow", model, out, parts=["out already exists"])
+    tokenizer, text = study / "tokenizer.model", study / "corpus" / "text" / "eng" / "dev.jsonl"
+    refuse("data", "build", text, "--tokenizer", tokenizer, "--out", out, parts=["out already exists"])
+
+
+def test_weights_with_nan_are_not_merged(refuse, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    models = [{"model": str(folder), "parameters": {"weight": 1}}]
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    refuse("merge", tmp_path / "merge.yaml", tmp_path / "out", parts=["model.norm.weight"])
+
+
+def test_ctrl_c_in_the_middle_of_building_leaves_nothing(study, tmp_path):
+    text = tmp_path / "long.jsonl"
+    line = (study / "corpus" / "text" / "eng" / "train.jsonl").read_text()
+    text.write_text(line * 400)
+    command = [
+        "data",
+        "build",
+        str(text),
+        "--tokenizer",
+        str(study / "tokenizer.model"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hyperllama", *command], stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl"]
