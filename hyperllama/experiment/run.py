@@ -37,7 +37,7 @@ from hyperllama.merge.executor import run as run_merge
 from hyperllama.merge.planner import plan as plan_merge
 from hyperllama.merge.recipe import read_recipe
 from hyperllama.train.loop import train
-from hyperllama.train.metrics import console
+from hyperllama.train.metrics import console, progress_bar
 
 SAMPLE = (
     "built-in sample sentences in six languages: text to try the software on, which says nothing about real languages"
@@ -246,15 +246,18 @@ def run_experiment(config: ExperimentConfig) -> dict[str, Any]:
     training = time.perf_counter()
     for i, arm in enumerate(arms):
         left = (time.perf_counter() - training) / done * (work - done) if done else 0.0
-        eta = f", about {left / 60:.0f} min left" if done else ""
+        eta = f", {f'about {left / 60:.0f}' if left > 60 else 'under 1'} min left" if done else ""
         study.run_arm(arm, _cost(config, model, arm), f"[{i + 1}/{len(arms)}{eta}] {arm.id}")
         done += arm.flops
     study.say("merging")
     merges = [(study.merge(method, family), method, family) for family in FAMILIES for method in config.merge_methods]
-    rows = []
-    for i, row in enumerate([*(_row(study, arm) for arm in arms), *(_merge_row(study, *merge) for merge in merges)]):
-        study.console.print(f"evaluating {i + 1}/{len(arms) + len(merges)} {row['id']:<28}", end="\r", highlight=False)
-        rows.append(row | {"eval": study.evaluate(row["id"])})
+    rows = [*(_row(study, arm) for arm in arms), *(_merge_row(study, *merge) for merge in merges)]
+    with progress_bar(study.console) as bar:
+        task = bar.add_task("evaluating", total=len(rows), figures="")
+        for row in rows:
+            bar.update(task, figures=row["id"])
+            row["eval"] = study.evaluate(row["id"])
+            bar.advance(task)
     results = {
         "name": config.name,
         "corpus": SAMPLE if config.sample else f"text from {Path(config.corpus or '').name}, development parts",

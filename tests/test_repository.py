@@ -1,0 +1,56 @@
+"""The repository is what it says it is, and stands beside other people's packages."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_readmes_tree_has_every_file_once():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: nothing says which files belong to it")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tree = (ROOT / "README.md").read_text().split("## The tree\n")[1].split("\n## ")[0]
+    named = re.findall(r"^ {4}(\S+) +\S", tree, re.MULTILINE)
+    results = {path for path in listed if path.startswith("bench/results/")}  # measurements come and go
+    assert sorted(named) == sorted(set(listed) - results)
+
+
+FAKE = """
+class _Anything:
+    def __init__(self, *args, **kwargs): pass
+    def __call__(self, *args, **kwargs): return self
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Anything
+"""
+
+
+@pytest.mark.parametrize("version", ["0.10.0", "0.15.0", "1.0.0"])
+def test_the_hub_package_called_kernels_and_ours_import_from_the_root(tmp_path, version):
+    """transformers imports a distribution `kernels` when it is there; our folder of that name must not stand in for it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(FAKE)
+    info = tmp_path / f"kernels-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
+    (info / "RECORD").write_text("kernels/__init__.py,,\n")
+    script = (
+        "import kernels, hyperllama.kernels.rms_norm as ours; from transformers import LlamaForCausalLM; "
+        "import transformers.integrations.hub_kernels; print(kernels.__file__, ours.__file__)"
+    )
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    theirs, ours = done.stdout.split()
+    assert (
+        Path(theirs) == tmp_path / "kernels" / "__init__.py"
+        and Path(ours).resolve() == ROOT / "kernels" / "rms_norm.py"
+    )
