@@ -13,7 +13,6 @@ import argparse
 import datetime
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,8 @@ from statistics import median
 from typing import Any, Protocol
 
 import torch
+
+from hyperllama.files import write_json
 
 from .environment import device_slug, environment, without_paths
 
@@ -268,13 +269,7 @@ def write_results(path: str | Path, results: list[Result], roofs: dict[str, Any]
         "roofs": roofs or {},
         "results": results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, document)
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

@@ -78,6 +78,14 @@ def _cost(config: ExperimentConfig, model: ModelConfig, arm: Arm) -> int:
     return window_flops(_shape(config, model, arm), config.seq_len)
 
 
+def _eta(config: ExperimentConfig, model: ModelConfig, arms: list[Arm], rates: dict[int, float]) -> str:
+    """How long `arms` will train, as far as shapes that have been timed tell; a shape that has not counts like the slowest."""
+    if not rates:
+        return ""
+    seconds = sum(arm.flops * rates.get(_cost(config, model, arm), max(rates.values())) for arm in arms)
+    return f", {f'about {seconds / 60:.0f}' if seconds > 60 else 'under 1'} min left"
+
+
 class Study:
     """The folders of one study and the steps that fill them."""
 
@@ -241,14 +249,14 @@ def run_experiment(config: ExperimentConfig) -> dict[str, Any]:
     arms = grid(config, spend)
     study.claim()
     study.prepare()
-    work, done = sum(arm.flops for arm in arms), 0
-    study.say(f"{len(arms)} arms, {work:,} training FLOPs; quantum {spend.quantum:,}")
-    training = time.perf_counter()
+    study.say(f"{len(arms)} arms, {sum(arm.flops for arm in arms):,} training FLOPs; quantum {spend.quantum:,}")
+    rates: dict[int, float] = {}  # seconds a FLOP, of the last run of each shape
     for i, arm in enumerate(arms):
-        left = (time.perf_counter() - training) / done * (work - done) if done else 0.0
-        eta = f", {f'about {left / 60:.0f}' if left > 60 else 'under 1'} min left" if done else ""
-        study.run_arm(arm, _cost(config, model, arm), f"[{i + 1}/{len(arms)}{eta}] {arm.id}")
-        done += arm.flops
+        eta, cost, started = _eta(config, model, arms[i:], rates), _cost(config, model, arm), time.perf_counter()
+        fresh = not (study.out / "runs" / arm.id / "run.json").is_file()
+        study.run_arm(arm, cost, f"[{i + 1}/{len(arms)}{eta}] {arm.id}")
+        if arm.shares and fresh:
+            rates[cost] = (time.perf_counter() - started) / arm.flops
     study.say("merging")
     merges = [(study.merge(method, family), method, family) for family in FAMILIES for method in config.merge_methods]
     rows = [*(_row(study, arm) for arm in arms), *(_merge_row(study, *merge) for merge in merges)]
