@@ -353,11 +353,25 @@ def _model_row(study: Study, name: str, family: str, kind: str) -> dict[str, Any
 
 
 def _curve(metrics: Path) -> list[list[float]]:
-    """Training loss against total FLOPs: means of at most 200 equal stretches of steps."""
+    """Training loss against total FLOPs: means over at most 200 equal stretches of steps, every window counted once.
+
+    A last stretch that is not whole joins the one before: a budget's last step may be one window, and its loss mere noise.
+    """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    counts = [
+        line["windows"] - before for line, before in zip(lines, [0, *(line["windows"] for line in lines)], strict=False)
+    ]
     stretch = -(-len(lines) // CURVE_POINTS)
-    parts = [lines[i : i + stretch] for i in range(0, len(lines), stretch)]
-    return [[part[-1]["total_flops"], round(sum(line["loss"] for line in part) / len(part), 6)] for part in parts]
+    parts = [range(i, min(i + stretch, len(lines))) for i in range(0, len(lines), stretch)]
+    if len(parts) > 1 and sum(counts[i] for i in parts[-1]) < sum(counts[i] for i in parts[-2]):
+        parts[-2:] = [range(parts[-2].start, len(lines))]
+    return [
+        [
+            lines[part[-1]]["total_flops"],
+            round(sum(lines[i]["loss"] * counts[i] for i in part) / sum(counts[i] for i in part), 6),
+        ]
+        for part in parts
+    ]
 
 
 def _print_ledgers(study: Study, results: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.recipe import FAMILIES, load_experiment
-from hyperllama.experiment.run import describe, run_experiment
+from hyperllama.experiment.run import _curve, describe, run_experiment
 from hyperllama.hub import open_folder
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +124,22 @@ def test_interrupted_and_resumed_elsewhere_it_gives_the_same_bytes(study, tmp_pa
     assert done.returncode == 0, done.stderr
     for name in ("results.json", "report.html", "evaluation.csv", "loss.png"):
         assert (out / name).read_bytes() == (study / name).read_bytes()
+
+
+def test_a_curve_counts_every_window_once_and_its_last_point_is_no_single_window(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    windows = [4 * i for i in range(1, 500)] + [4 * 499 + 1]
+    lines = [
+        {"windows": w, "total_flops": 10 * w, "loss": 9.0 if w == windows[-1] else i % 2} for i, w in enumerate(windows)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = _curve(file)
+    assert len(curve) == 166 and curve[-1][0] == 10 * windows[-1]
+    ends = [point[0] / 10 for point in curve]
+    weights = [end - before for end, before in zip(ends, [0, *ends], strict=False)]
+    mean = sum(w * loss for w, (_, loss) in zip(weights, curve, strict=True)) / sum(weights)
+    assert mean == pytest.approx((4 * 249 + 9) / windows[-1], abs=1e-6)
+    assert curve[-1][1] < 2
 
 
 def test_another_recipe_is_refused_in_the_same_folder(study):
