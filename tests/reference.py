@@ -1,5 +1,6 @@
 """Random small models, and transformers' LlamaForCausalLM with the same weights as the independent truth."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hyperllama.arena import Arena
 from hyperllama.config import ModelConfig
+from hyperllama.hub import folded, hf_config, model_config, open_folder, read_weights, write_folder
 from hyperllama.model import Llama
 
 HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -81,6 +83,28 @@ def their_logits(theirs: LlamaForCausalLM, config: ModelConfig, ids: Tensor) -> 
     """Logits (B, T, real tokens) of a model of shape `config`, its head factor applied."""
     logits = theirs(ids, use_cache=False).logits / config.lm_head_normalization_factor
     return logits[..., : config.unpadded_vocab_size]
+
+
+def write(model: Llama, path: Path, **options: Any) -> Path:
+    """The model as a Hugging Face folder."""
+    tensors = folded(model.config, model.arena.logical("weights").items(), model.arena.dtype)
+    write_folder(path, hf_config(model.config, model.arena.dtype), tensors, {"kind": "test"}, **options)
+    return path
+
+
+def read(path: Path, dtype: torch.dtype) -> Llama:
+    """The model in a Hugging Face folder."""
+    folder = open_folder(path)
+    config = model_config(folder.config, folder.path)
+    model = Llama(config, Arena(config, dtype, "cpu", training=False))
+    read_weights(folder, config, model.arena.logical("weights"))
+    return model
+
+
+@torch.no_grad()
+def logits(model: Llama, ids: Tensor) -> Tensor:
+    """Logits of the real tokens."""
+    return model.logits(model(ids))[..., : model.config.unpadded_vocab_size]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -15,7 +15,17 @@ from hyperllama.arena import Arena
 from hyperllama.errors import HyperLlamaError
 from hyperllama.hub import folded, hf_config, model_config, open_folder, read_weights, write_folder
 from hyperllama.model import Llama
-from tests.reference import random_ids, random_model, relative_error, shape, their_logits, transformers_llama
+from tests.reference import (
+    logits,
+    random_ids,
+    random_model,
+    read,
+    relative_error,
+    shape,
+    their_logits,
+    transformers_llama,
+    write,
+)
 
 CASES = {
     "tied": shape(),
@@ -26,25 +36,6 @@ CASES = {
 }
 cases = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-def write(model: Llama, path: Path, **options: Any) -> Path:
-    tensors = folded(model.config, model.arena.logical("weights").items(), model.arena.dtype)
-    write_folder(path, hf_config(model.config, model.arena.dtype), tensors, {"kind": "test"}, **options)
-    return path
-
-
-def read(path: Path, dtype: torch.dtype) -> Llama:
-    folder = open_folder(path)
-    config = model_config(folder.config, folder.path)
-    model = Llama(config, Arena(config, dtype, "cpu", training=False))
-    read_weights(folder, config, model.arena.logical("weights"))
-    return model
-
-
-@torch.no_grad()
-def logits(model: Llama, ids: Tensor) -> Tensor:
-    return model.logits(model(ids))[..., : model.config.unpadded_vocab_size]
 
 
 def in_fp32(model: Llama) -> Llama:

@@ -16,12 +16,12 @@ from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
 from hyperllama.flops import window_flops
 from hyperllama.grow.hyperclone import grow_folder, grow_tensor, plan_growth
-from hyperllama.hub import folded, hf_config, model_config, open_folder, read_weights, write_folder
+from hyperllama.hub import model_config, open_folder
 from hyperllama.kernels.counter import key_of, uniform
 from hyperllama.kernels.grow import MIN_NOISE_DB, grow, noise_key
 from hyperllama.model import Llama
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
-from tests.reference import random_ids, random_model, relative_error, shape
+from tests.reference import logits, random_ids, random_model, read, relative_error, shape, write
 
 SHARED = Path(os.environ.get("HYPERLLAMA_SHARED", Path(__file__).parents[3] / "shared"))
 GOLDENS = SHARED / "goldens"
@@ -47,25 +47,6 @@ def grown(model: Llama, factor: int, noise_db: float | None = None, seed: int = 
     for name, target in large.arena.logical("weights").items():
         target.copy_(grow_tensor(name, sources[name], factor, noise_db, seed))
     return large
-
-
-@torch.no_grad()
-def logits(model: Llama, ids: Tensor) -> Tensor:
-    return model.logits(model(ids))[..., : model.config.unpadded_vocab_size]
-
-
-def write(model: Llama, path: Path) -> Path:
-    tensors = folded(model.config, model.arena.logical("weights").items(), model.arena.dtype)
-    write_folder(path, hf_config(model.config, model.arena.dtype), tensors, {})
-    return path
-
-
-def read(path: Path, dtype: torch.dtype) -> Llama:
-    folder = open_folder(path)
-    config = model_config(folder.config, folder.path)
-    model = Llama(config, Arena(config, dtype, "cpu", training=False))
-    read_weights(folder, config, model.arena.logical("weights"))
-    return model
 
 
 def digest(tensor: Tensor) -> str:
