@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,11 +33,36 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left beside `path`; a folder that one had moved aside for its new one comes back."""
+    for left in path.parent.iterdir():
+        match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)\.(tmp|old)", left.name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        if match[2] == "old" and not path.exists():
+            os.replace(left, path)
+        elif left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -54,9 +80,10 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     Raises HyperLlamaError when `path` already exists and `overwrite` is false.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise HyperLlamaError(f"{path} already exists: name a new folder, or remove this one first")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
