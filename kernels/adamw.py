@@ -5,13 +5,16 @@
     weights = round(master)
 
 Flat buffers of one length: master, grad, m, v fp32 (fp64), weights bf16 or None where the masters are the weights. lr, t (int64)
-and clip are 0-dim tensors read on the device, so a CUDA graph of the step stays valid. Reference only.
+and clip are 0-dim tensors read on the device, so a CUDA graph of the step stays valid. CPU: C++.
 """
+
+from ctypes import c_double, c_int64
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import define
+from hyperllama.kernels.backend import choose, csrc, define, pointer
 
 CHUNK = 1 << 18  # elements: five fp32 chunks and their temporaries stay in a CPU's L2 and L3
 
@@ -36,10 +39,30 @@ def adamw_reference(
             weights[part].copy_(p)
 
 
+def _adamw_csrc(
+    master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, lr: Tensor, beta1: float, beta2: float,
+    eps: float, weight_decay: float, step: Tensor, clip: Tensor,
+) -> None:  # fmt: skip
+    lr, step, clip = lr.to(torch.float32), step.to(torch.int64), clip.to(torch.float32)
+    csrc().hyperllama_adamw(
+        pointer(master), pointer(grad), pointer(m), pointer(v), pointer(weights), c_int64(master.numel()), pointer(lr),
+        c_double(beta1), c_double(beta2), c_double(eps), c_double(weight_decay), pointer(step), pointer(clip),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _update(*inputs: Any) -> None:
+    master, grad, m, v, weights = inputs[:5]
+    whole = all(t.is_contiguous() and t.dtype == torch.float32 for t in (master, grad, m, v))
+    plain = weights is None or (weights.is_contiguous() and weights.dtype == torch.bfloat16)
+    implementations = {"reference": adamw_reference} | ({"csrc": _adamw_csrc} if whole and plain else {})
+    choose(implementations, master)(*inputs)
+
+
 _adamw = define(
     "adamw_(Tensor(a!) master, Tensor grad, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? weights, Tensor lr, float beta1, "
     "float beta2, float eps, float weight_decay, Tensor step, Tensor clip) -> ()",
-    adamw_reference,
+    _update,
     lambda *inputs: None,
 )
 

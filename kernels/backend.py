@@ -98,6 +98,13 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def csrc() -> Any:
+    """The library, where `choose` has found that there is one."""
+    loaded = library()
+    assert loaded is not None
+    return loaded
+
+
 def _library_folders() -> list[Path]:
     """Where an installed package, or an editable one, has its libraries."""
     import hyperllama

@@ -3,9 +3,10 @@
     out = act(gate) * up        gate, up = the halves of gate_up (..., 2F)
 
 act: silu, g / (1 + e^-g); gelu, g (1 + erf(g / sqrt 2)) / 2; gelu_tanh, its tanh approximation. Arithmetic is fp32 (fp64 for
-fp64), rounded once. The backward recomputes the activation from gate_up, all that is saved. Reference only.
+fp64), rounded once. The backward recomputes the activation from gate_up, all that is saved. CPU: C++.
 """
 
+from ctypes import c_int64
 from math import pi, sqrt
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hyperllama.kernels.backend import Differentiable, define, wide
+from hyperllama.kernels.backend import Differentiable, choose, csrc, define, pointer, wide
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -45,6 +46,34 @@ def glu_backward_reference(dy: Tensor, gate_up: Tensor, activation: str) -> Tens
     return torch.cat([dy * up * slope, dy * gate * share], dim=-1).to(gate_up.dtype)
 
 
+def _glu_csrc(gate_up: Tensor, activation: str) -> Tensor:
+    return _launch(None, gate_up, gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2), activation)
+
+
+def _glu_backward_csrc(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    return _launch(
+        dy.contiguous(), gate_up, torch.empty_like(gate_up, memory_format=torch.contiguous_format), activation
+    )
+
+
+def _launch(dy: Tensor | None, gate_up: Tensor, out: Tensor, activation: str) -> Tensor:
+    if out.numel():
+        gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
+        csrc().hyperllama_glu(
+            int(out.dtype == torch.bfloat16), ACTIVATIONS.index(activation), pointer(dy), pointer(gate_up), pointer(out),
+            c_int64(gate_up.numel() // (2 * width)), c_int64(width), torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def _forward(gate_up: Tensor, activation: str) -> Tensor:
+    return choose({"reference": glu_reference, "csrc": _glu_csrc}, gate_up)(gate_up, activation)
+
+
+def _backward(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    return choose({"reference": glu_backward_reference, "csrc": _glu_backward_csrc}, gate_up)(dy, gate_up, activation)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate_up, ctx.activation = inputs
     ctx.save_for_backward(gate_up)
@@ -57,12 +86,12 @@ def _gradients(run: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 _glu = Differentiable(
     define(
         "glu(Tensor gate_up, str activation) -> Tensor",
-        glu_reference,
+        _forward,
         lambda gate_up, activation: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
     ),
     define(
         "glu_backward(Tensor dy, Tensor gate_up, str activation) -> Tensor",
-        glu_backward_reference,
+        _backward,
         lambda dy, gate_up, activation: torch.empty_like(gate_up, memory_format=torch.contiguous_format),
     ),
     _setup,

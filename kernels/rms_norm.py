@@ -17,7 +17,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import Differentiable, choose, constexpr, define, jit, library, pointer, tl, wide
+from hyperllama.kernels.backend import Differentiable, choose, constexpr, csrc, define, jit, pointer, tl, wide
 
 # ---- reference
 
@@ -155,7 +155,7 @@ def forward_csrc(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     """The forward on a CPU."""
     y, stream, rstd = _empty_forward(x, residual)
     if x.numel():
-        _csrc().hyperllama_rms_norm_forward(
+        csrc().hyperllama_rms_norm_forward(
             int(x.dtype == torch.bfloat16), pointer(x), pointer(residual), pointer(weight), pointer(y),
             pointer(None if residual is None else stream), pointer(rstd), *_size(x), c_float(eps), torch.get_num_threads(),
         )  # fmt: skip
@@ -170,17 +170,11 @@ def backward_csrc(
     dweight = rstd.new_zeros(stream.shape[-1])
     partial = rstd.new_zeros(threads, stream.shape[-1], dtype=torch.float64)
     if stream.numel():
-        _csrc().hyperllama_rms_norm_backward(
+        csrc().hyperllama_rms_norm_backward(
             int(stream.dtype == torch.bfloat16), pointer(dy), pointer(dstream), pointer(stream), pointer(weight), pointer(rstd),
             pointer(dx), pointer(partial), pointer(dweight), *_size(stream), threads,
         )  # fmt: skip
     return dx, dweight
-
-
-def _csrc() -> Any:
-    loaded = library()
-    assert loaded is not None  # `choose` comes here only with a library
-    return loaded
 
 
 def _size(x: Tensor) -> tuple[c_int64, c_int64]:

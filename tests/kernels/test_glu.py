@@ -1,10 +1,11 @@
-"""glu: every activation against torch's own in fp64, packed halves, awkward widths."""
+"""glu: reference and C++, every activation against torch's own in fp64, packed halves, awkward widths."""
 
 import pytest
 import torch
 from torch.library import opcheck
 from torch.nn import functional
 
+from hyperllama.kernels import backend
 from hyperllama.kernels.glu import glu
 from tests.kernels.truth import DTYPES, check, check_compiled
 
@@ -15,9 +16,15 @@ ACTIVATIONS = {
 }
 
 
+@pytest.fixture(params=["reference", "csrc"], autouse=True)
+def implementation(request):
+    with backend.use(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(5, 7, 64), (9, 2), (0, 6), (3, 3072)])
+@pytest.mark.parametrize("shape", [(5, 7, 64), (9, 2), (0, 6), (3, 3072), (257, 4 * 33)])
 def test_error_is_at_most_twice_plain_torchs(dtype, activation, shape):
     def plain(gate_up):
         gate, up = gate_up.chunk(2, -1)
@@ -41,6 +48,22 @@ def test_large_inputs_stay_finite(activation):
     y.sum().backward()
     assert torch.equal(y.detach(), torch.tensor([[0.0, 2e4, 0.0, 176.0]]))
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3.0, 30.0])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_small_and_large_inputs(activation, scale):
+    def plain(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return [ACTIVATIONS[activation](gate) * up]
+
+    check(lambda x: [glu(x, activation)], plain, [torch.randn(40, 600) * scale])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_visible(activation):
+    y = glu(torch.tensor([[float("nan"), 1.0, 2.0, 1.0, float("nan"), 1.0]]), activation)
+    assert y.isnan().tolist() == [[True, True, False]]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

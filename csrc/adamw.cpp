@@ -1,0 +1,30 @@
+// adamw: see kernels/adamw.py for the formulas. One pass over five flat buffers; lr, step and clip are read where they lie.
+#include "common.h"
+
+#include <cmath>
+
+HYPERLLAMA_API void hyperllama_adamw(float* master, const float* grad, float* m, float* v, void* weights, int64_t n,
+                                     const float* lr, double beta1, double beta2, double eps, double weight_decay,
+                                     const int64_t* step, const float* clip, int threads) {
+    using hyperllama::bf16;
+    const float scale = *clip, rate = *lr, decay = float(weight_decay), floor = float(eps);
+    const float b1 = float(beta1), b2 = float(beta2), a1 = float(1 - beta1), a2 = float(1 - beta2);
+    const float correct1 = float(1 / (1 - std::pow(beta1, double(*step)))), correct2 = float(1 / (1 - std::pow(beta2, double(*step))));
+    bf16* rounded = static_cast<bf16*>(weights);
+    hyperllama::parallel(n, 4, threads, [&](int64_t begin, int64_t end, int) {
+        auto update = [&](int64_t i) {
+            float g = grad[i] * scale;
+            float first = m[i] = b1 * m[i] + a1 * g;
+            float second = v[i] = b2 * v[i] + a2 * (g * g);
+            float change = first * correct1 / (std::sqrt(second * correct2) + floor);
+            return master[i] -= rate * (change + decay * master[i]);
+        };
+        if (rounded) {
+#pragma omp simd
+            for (int64_t i = begin; i < end; i++) hyperllama::store(rounded + i, update(i));
+        } else {
+#pragma omp simd
+            for (int64_t i = begin; i < end; i++) update(i);
+        }
+    });
+}
