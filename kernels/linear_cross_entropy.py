@@ -5,16 +5,17 @@
     dz = loss_weight * ((1 + 2 z_loss logsumexp(z)) softmax(z) - onehot(target));   dx = scale dz W;   dW += scale dz^T x
 
 x: (N, D), W: (V, D), targets: (N,) int64. Products are in the dtype of x, softmax in fp32 (fp64 for fp64). Rows are worked
-on in chunks; when gradients are wanted they are made in the same pass, dz in place of z, dW accumulated in fp32.
-Reference only.
+on in chunks; when gradients are wanted they are made in the same pass, dz in place of z, dW accumulated in fp32. The GEMMs are
+torch's; between them one pass over the logits: C++ on a CPU.
 """
 
+from ctypes import c_float, c_int64
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import LIBRARY, define, wide
+from hyperllama.kernels.backend import LIBRARY, choose, csrc, define, pointer, wide
 from hyperllama.kernels.linear import accumulate_product
 
 CHUNK_BYTES = 1 << 26  # of fp32 logits at a time: about a GPU's L2, and little beside the activations
@@ -26,42 +27,72 @@ def _chunks(n_rows: int, vocab: int, chunk_bytes: int) -> list[slice]:
     return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
 
 
-def _rows(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: float, valid_vocab: int | None, ignore_index: int, z_loss: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For some rows: losses (R,), softmax (R, V) in the place of the logits, logsumexp (R,), and which targets count."""
-    logits = (x @ weight.t()).to(wide(x.dtype))
+def softmax_gradient_reference(
+    logits: Tensor, targets: Tensor, loss_weight: float, scale: float, valid_vocab: int | None, ignore_index: int,
+    z_loss: float, gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Losses (R,) of some rows of logits (R, V), and dz in their dtype (meaningless without `gradient`); plain torch."""
+    kind, logits = logits.dtype, logits.to(wide(logits.dtype))
     if scale != 1.0:
         logits *= scale
     if valid_vocab is not None:
         logits[:, valid_vocab:] = float("-inf")
     counted = targets != ignore_index
+    index = torch.where(counted, targets, 0)[:, None]
     peak = logits.amax(-1, keepdim=True)
     logits -= peak  # before anything else: differences of large numbers are exact here, their exponentials are not
-    of_target = logits.gather(1, torch.where(counted, targets, 0)[:, None])
+    of_target = logits.gather(1, index)
     total = logits.exp_().sum(-1, keepdim=True)
     losses, lse = total.log() - of_target, total.log() + peak
     if z_loss:
         losses += z_loss * lse.square()
-    return losses.squeeze(1).masked_fill(~counted, 0.0), logits.div_(total), lse, counted
+    losses = losses.squeeze(1).masked_fill(~counted, 0.0)
+    if not gradient:
+        return losses, logits
+    dz = logits.div_(total)
+    if z_loss:
+        dz *= 1 + 2 * z_loss * lse
+    dz.scatter_add_(1, index, torch.full_like(index, -1, dtype=dz.dtype))
+    dz.mul_(loss_weight * scale).masked_fill_(~counted[:, None], 0.0)
+    return losses, dz.to(kind)
 
 
-def linear_cross_entropy_reference(
+def _softmax_gradient_csrc(
+    logits: Tensor, targets: Tensor, loss_weight: float, scale: float, valid_vocab: int | None, ignore_index: int,
+    z_loss: float, gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    targets, threads = targets.contiguous(), torch.get_num_threads()
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    wrong = torch.zeros(threads, dtype=torch.int64)
+    if logits.numel():
+        csrc().hyperllama_softmax_gradient(
+            int(logits.dtype == torch.bfloat16), pointer(logits), pointer(targets), pointer(losses), pointer(wrong),
+            c_int64(logits.shape[0]), c_int64(logits.shape[1]), c_int64(valid_vocab or logits.shape[1]), c_int64(ignore_index),
+            c_float(scale), c_float(z_loss), c_float(loss_weight), int(gradient), threads,
+        )  # fmt: skip
+    if wrong.any():
+        raise IndexError(f"linear_cross_entropy: {int(wrong.sum())} targets are outside the {logits.shape[1]} columns")
+    return losses, logits
+
+
+def _softmax_gradient(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    implementations = {"reference": softmax_gradient_reference, "csrc": _softmax_gradient_csrc}
+    return choose(implementations, logits)(logits, *options)
+
+
+def _linear_cross_entropy_(
     x: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor, loss_weight: float, scale: float, valid_vocab: int | None,
     ignore_index: int, z_loss: float, chunk_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, dx) in plain torch; dW is added to `dweight` (V, D) fp32 in place."""
+    """(loss, dx); dW is added to `dweight` (V, D) fp32 in place."""
     loss = torch.zeros((), dtype=wide(x.dtype), device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for rows in _chunks(x.shape[0], weight.shape[0], chunk_bytes):
-        losses, dz, lse, counted = _rows(x[rows], weight, targets[rows], scale, valid_vocab, ignore_index, z_loss)
+        logits = x[rows] @ weight.t()
+        losses, dz = _softmax_gradient(
+            logits, targets[rows], loss_weight, scale, valid_vocab, ignore_index, z_loss, True
+        )
         loss += losses.sum()
-        if z_loss:
-            dz *= 1 + 2 * z_loss * lse
-        index = torch.where(counted, targets[rows], 0)[:, None]
-        dz.scatter_add_(1, index, torch.full_like(index, -1, dtype=dz.dtype))
-        dz.mul_(loss_weight * scale).masked_fill_(~counted[:, None], 0.0)
-        dz = dz.to(x.dtype)
         torch.mm(dz, weight, out=dx[rows])
         accumulate_product(dweight, dz, x[rows])
     return loss * loss_weight, dx
@@ -72,7 +103,7 @@ def _functional(
     z_loss: float, chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dweight = torch.zeros(weight.shape, dtype=wide(weight.dtype), device=weight.device)
-    loss, dx = linear_cross_entropy_reference(
+    loss, dx = _linear_cross_entropy_(
         x, weight, targets, dweight, loss_weight, scale, valid_vocab, ignore_index, z_loss, chunk_bytes
     )
     return loss, dx, dweight
@@ -102,7 +133,7 @@ torch.library.register_autograd("hyperllama::linear_cross_entropy", _gradients, 
 _accumulate = define(
     "linear_cross_entropy_(Tensor x, Tensor weight, Tensor targets, Tensor(a!) dweight, "
     f"{_OPTIONS}) -> (Tensor, Tensor)",
-    linear_cross_entropy_reference,
+    _linear_cross_entropy_,
     lambda x, weight, targets, dweight, *options: (
         x.new_empty((), dtype=wide(x.dtype)),
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -161,7 +192,10 @@ def token_losses(
     _check(x, weight, targets)
     out = torch.empty(targets.shape, dtype=wide(x.dtype), device=x.device)
     for rows in _chunks(x.shape[0], weight.shape[0], chunk_bytes):
-        out[rows] = _rows(x[rows], weight, targets[rows], logit_scale, valid_vocab, ignore_index, z_loss)[0]
+        logits = x[rows] @ weight.t()
+        out[rows] = _softmax_gradient(
+            logits, targets[rows], 1.0, logit_scale, valid_vocab, ignore_index, z_loss, False
+        )[0]
     return out
 
 

@@ -5,18 +5,19 @@
 
 qkv: (B, T, (n + 2k) h), rows [q heads; k heads; v heads]; q and k are rotated in one go, v is copied. cos, sin: (P, h/2) fp32.
 positions: (B, T) int64 rows of the tables, or None for 0..T-1. Arithmetic is fp32 (fp64 for fp64), rounded once. The backward is
-the rotation by the opposite angle. Reference only.
+the rotation by the opposite angle. CPU: C++.
 
 The tables are part of a model's definition: fp32 angles, cosines and sines, computed as transformers does, whatever the dtype of
 the weights (at position 2047 an fp32 angle is off by up to 1e-4, and trained weights have seen just that angle).
 """
 
+from ctypes import byref, c_int, c_int64
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import Differentiable, define, wide
+from hyperllama.kernels.backend import Differentiable, choose, csrc, define, pointer, wide
 
 
 def rope_tables(
@@ -53,6 +54,26 @@ def rope_reference(
     return out
 
 
+def _rope_csrc(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, rotated: int, inverse: bool) -> Tensor:
+    qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+    positions = None if positions is None else positions.to(torch.int64).contiguous()
+    out, (batch, seq_len, width), wrong = torch.empty_like(qkv), qkv.shape, c_int(0)
+    if out.numel():
+        csrc().hyperllama_rope(
+            int(qkv.dtype == torch.bfloat16), pointer(qkv), pointer(out), pointer(cos), pointer(sin), pointer(positions),
+            c_int64(cos.shape[0]), c_int64(batch * seq_len), c_int64(seq_len), c_int64(width), c_int64(cos.shape[1]),
+            c_int64(rotated), int(inverse), byref(wrong), torch.get_num_threads(),
+        )  # fmt: skip
+    if wrong.value:
+        raise IndexError(f"rope: a position is outside the tables of {cos.shape[0]} positions")
+    return out
+
+
+def _run(qkv: Tensor, cos: Tensor, *options: Any) -> Tensor:
+    implementations = {"reference": rope_reference} | ({"csrc": _rope_csrc} if cos.dtype == torch.float32 else {})
+    return choose(implementations, qkv)(qkv, cos, *options)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, cos, sin, positions, ctx.rotated, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin, positions)
@@ -65,7 +86,7 @@ def _gradients(run: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 _kernel = define(
     "rope(Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, int rotated, bool inverse) -> Tensor",
-    rope_reference,
+    _run,
     lambda qkv, cos, sin, positions, rotated, inverse: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )
 _rope = Differentiable(_kernel, _kernel, _setup, _gradients)

@@ -1,12 +1,19 @@
-"""linear_cross_entropy: loss and gradients against fp64, chunked, masked, functional and accumulating."""
+"""linear_cross_entropy: reference and C++, loss and gradients against fp64, chunked, masked, functional and accumulating."""
 
 import pytest
 import torch
 from torch.library import opcheck
 from torch.nn import functional
 
+from hyperllama.kernels import backend
 from hyperllama.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from tests.kernels.truth import DTYPES, check, check_compiled
+
+
+@pytest.fixture(params=["reference", "csrc"], autouse=True)
+def implementation(request):
+    with backend.use(request.param):
+        yield request.param
 
 
 def plain(x, weight, targets, scale=1.0, valid=None, z_loss=0.0):
@@ -124,6 +131,13 @@ def test_opcheck_and_compile(dtype):
     opcheck(ops.linear_cross_entropy.default, (x, weight, targets.clamp(max=14), *options))
     opcheck(ops.linear_cross_entropy_.default, (x.detach(), weight.detach(), targets, torch.zeros(16, 8), *options))
     check_compiled(lambda x, w: [linear_cross_entropy(x, w, targets)], [x.detach(), weight.detach()])
+
+
+@pytest.mark.parametrize("target", [-1, 7])
+def test_a_target_outside_the_vocabulary_is_an_error(target):
+    x, weight = torch.randn(3, 4), torch.randn(7, 4)
+    with pytest.raises((IndexError, RuntimeError), match=r"out of|outside|index"):
+        linear_cross_entropy(x.requires_grad_(), weight, torch.tensor([1, target, 2]))
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -1,11 +1,18 @@
-"""rope: rotation by position against fp64, values untouched, tables as the models were trained with them."""
+"""rope: reference and C++, rotation by position against fp64, values untouched, tables as the models were trained with them."""
 
 import pytest
 import torch
 from torch.library import opcheck
 
+from hyperllama.kernels import backend
 from hyperllama.kernels.rope import rope, rope_tables
 from tests.kernels.truth import DTYPES, check, check_compiled
+
+
+@pytest.fixture(params=["reference", "csrc"], autouse=True)
+def implementation(request):
+    with backend.use(request.param):
+        yield request.param
 
 
 def plain_rope(qkv, n, k, positions):
@@ -76,6 +83,11 @@ def test_opcheck_and_compile(positions):
     qkv, tables = torch.randn(2, 6, 32), rope_tables(8, 8, 1e4)
     opcheck(torch.ops.hyperllama.rope.default, (qkv.clone().requires_grad_(), *tables, positions, 3, positions is None))
     check_compiled(lambda qkv: [rope(qkv, *tables, positions, 2, 1)], [qkv])
+
+
+def test_a_position_outside_the_tables_is_an_error():
+    with pytest.raises(IndexError):
+        rope(torch.randn(1, 3, 24), *rope_tables(4, 8, 1e4), torch.tensor([[0, 4, 1]]), 1, 1)
 
 
 def test_shapes_that_do_not_fit_are_named():

@@ -1,0 +1,61 @@
+// The pass between the GEMMs of linear_cross_entropy: see kernels/linear_cross_entropy.py for the formulas.
+#include "common.h"
+
+#include <cmath>
+#include <limits>
+
+namespace hyperllama {
+
+constexpr int64_t kColumns = 4096;  // exponentials summed in fp32 before they go into the fp64 sum: short chains of rounding
+
+// Loss of every row, and the gradient in the place of its logits; columns from `valid` on get none. Rows whose target is
+// `ignored` get zeros. `wrong` counts targets outside the vocabulary.
+template <class T>
+static void softmax_gradient(T* logits, const int64_t* targets, float* losses, int64_t* wrong, int64_t rows, int64_t cols,
+                             int64_t valid, int64_t ignored, float scale, float z_loss, float weight, int gradient, int threads) {
+    parallel(rows, 4 * cols, threads, [&](int64_t begin, int64_t end, int thread) {
+        for (int64_t r = begin; r < end; r++) {
+            T* row = logits + r * cols;
+            const int64_t target = targets[r];
+            if (target == ignored || target < 0 || target >= cols) {
+                wrong[thread] += target != ignored;
+                losses[r] = 0;
+                if (gradient) std::memset(static_cast<void*>(row), 0, cols * sizeof(T));
+                continue;
+            }
+            float peak = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : peak)
+            for (int64_t c = 0; c < valid; c++) peak = std::max(peak, load(row + c) * scale);
+            double total = 0;
+            for (int64_t first = 0; first < valid; first += kColumns) {
+                const int64_t last = std::min(first + kColumns, valid);
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t c = first; c < last; c++) sum += exp_(load(row + c) * scale - peak);
+                total += sum;
+            }
+            const float lse = float(std::log(total)) + peak;
+            const float of_target = target < valid ? load(row + target) * scale - peak : -std::numeric_limits<float>::infinity();
+            losses[r] = float(std::log(total)) - of_target + z_loss * lse * lse;
+            if (!gradient) continue;
+            const float factor = weight * scale * (1 + 2 * z_loss * lse) / float(total);
+#pragma omp simd
+            for (int64_t c = 0; c < valid; c++) store(row + c, exp_(load(row + c) * scale - peak) * factor);
+            for (int64_t c = valid; c < cols; c++) store(row + c, 0.0f);
+            store(row + target, (target < valid ? exp_(of_target) * factor : 0.0f) - weight * scale);
+        }
+    });
+}
+
+}  // namespace hyperllama
+
+HYPERLLAMA_API void hyperllama_softmax_gradient(int is_bf16, void* logits, const int64_t* targets, float* losses, int64_t* wrong,
+                                                int64_t rows, int64_t cols, int64_t valid, int64_t ignored, float scale,
+                                                float z_loss, float weight, int gradient, int threads) {
+    if (is_bf16)
+        hyperllama::softmax_gradient((hyperllama::bf16*)logits, targets, losses, wrong, rows, cols, valid, ignored, scale, z_loss,
+                                     weight, gradient, threads);
+    else
+        hyperllama::softmax_gradient((float*)logits, targets, losses, wrong, rows, cols, valid, ignored, scale, z_loss, weight,
+                                     gradient, threads);
+}
