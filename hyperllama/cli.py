@@ -10,6 +10,7 @@ import typer
 
 from hyperllama import __version__
 from hyperllama.errors import HyperLlamaError, Stopped
+from hyperllama.files import check_free
 
 app = typer.Typer(
     name="hyperllama",
@@ -48,9 +49,14 @@ def train_command(
 
     config = load_run(recipe, overrides)
     if dry_run:
+        from hyperllama.train.distributed import pick_device
+        from hyperllama.train.loop import check_folder
         from hyperllama.train.plan import make_plan
 
-        _print(make_plan(config).describe(), as_json)
+        pick_device(config.device)
+        plan = make_plan(config)
+        check_folder(plan)
+        _print(plan.describe(), as_json)
         return
     from hyperllama.train.loop import train
 
@@ -92,6 +98,7 @@ def data_build(
     from hyperllama.data.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(tokenizer)
+    check_free(out)
     if dry_run:
         reads = [str(path) for path in _existing(texts)]
         _print({"reads": [*reads, str(tokenizer)], "writes": str(out), "vocab_size": loaded.vocab_size}, as_json)
@@ -125,10 +132,15 @@ def data_sample(
     dev_bytes: Annotated[int, typer.Option(help="Bytes of development text per language.")] = 50_000,
     pairs: Annotated[int, typer.Option(help="Minimal pairs per language.")] = 200,
     seed: int = 0,
+    dry_run: DryRun = False,
 ) -> None:
     """Write the built-in sample corpus in six languages: text to try the software on, not to draw conclusions from."""
     from hyperllama.data.sample import LANGUAGES, write_corpus
 
+    check_free(out)
+    if dry_run:
+        _print({"languages": list(LANGUAGES), "bytes": n_bytes, "dev_bytes": dev_bytes, "writes": str(out)}, False)
+        return
     write_corpus(out, LANGUAGES, n_bytes, seed=seed, dev_bytes=dev_bytes, pairs=pairs)
     print(f"{out}: {len(LANGUAGES)} languages")
 
@@ -151,7 +163,7 @@ def flops_command(
     from hyperllama.flops import growth_quantum, window_flops
 
     model, default = _shape(source)
-    length = seq_len or default
+    length = default if seq_len is None else seq_len
     if length < 1:
         raise HyperLlamaError(f"--seq-len is {length}; at least 1 token was expected")
     result: dict[str, Any] = {
@@ -190,6 +202,7 @@ def grow_command(
     """Grow a model wider by HyperCloning and verify that it still computes the same function."""
     from hyperllama.grow.hyperclone import grow_folder, plan_growth
 
+    check_free(out)
     if dry_run:
         _print(plan_growth(source, factor, noise_db, seed) | {"writes": str(out)}, as_json)
         return
@@ -218,11 +231,12 @@ def merge_command(
     quiet: Quiet = False,
 ) -> None:
     """Merge models by a mergekit recipe."""
-    from hyperllama.merge.executor import run
+    from hyperllama.merge.executor import check_output, run
     from hyperllama.merge.planner import plan
     from hyperllama.merge.recipe import read_recipe
 
     planned = plan(read_recipe(recipe), Path.cwd())
+    check_output(planned, out)
     if dry_run:
         _print(planned.describe() | {"writes": str(out)}, as_json)
         return
@@ -302,10 +316,9 @@ def runs_command(folders: Annotated[list[Path], typer.Argument(metavar="FOLDER..
 def _shape(source: Path) -> tuple[Any, int]:
     """(model shape, default window) of a model folder or a training recipe."""
     if source.is_dir():
-        from hyperllama.files import read_json
-        from hyperllama.hub import model_config
+        from hyperllama.hub import model_config, read_config
 
-        config = model_config(read_json(source / "config.json"), source)
+        config = model_config(read_config(source), source)
         return config, config.max_position_embeddings
     from hyperllama.config import load_run
 

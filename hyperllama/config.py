@@ -1,6 +1,7 @@
 """Every setting of a run, with its default and unit: one YAML file, `a.b=c` overrides, nothing unknown, nothing contradictory."""
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -196,7 +197,7 @@ class RunConfig(Settings):
 
     name: str = Field(min_length=1, pattern=r"^[\w.+-]+$", description="letters, digits, . _ + -")
     out: str = Field(description="run folder")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**63)
     tokenizer: str = Field(description="tokenizer.model, tokenizer.json, or a folder with one")
     model: ModelSettings | None = Field(None, description="a fresh model ...")
     init_from: str | None = Field(None, description="... or the weights of this Hugging Face folder, optimizer fresh")
@@ -210,8 +211,7 @@ class RunConfig(Settings):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="weights and activations; masters and moments are fp32"
     )
-    attention: Literal["auto", "flash_attn", "xformers", "sdpa", "triton", "reference"] = "auto"
-    parallel: Literal["auto", "ddp"] = "auto"
+    attention: Literal["auto", "sdpa", "reference"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
 
@@ -282,7 +282,11 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: the keys of another mapping, which these override
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is not a key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -329,7 +333,7 @@ def parse_yaml(text: str, where: str | Path) -> dict[str, Any]:
     """A YAML mapping from text; `where` names it in errors. Raises HyperLlamaError as read_yaml does."""
     try:
         values = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise HyperLlamaError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise HyperLlamaError(f"{where} is not a recipe: expected a mapping of keys to values")

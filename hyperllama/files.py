@@ -33,6 +33,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_free(path: str | Path) -> None:
+    """Raise HyperLlamaError when a folder can't be written at `path` because something is there."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise HyperLlamaError(f"{path} already exists: name a new folder, or remove this one first")
+
+
 def _sweep(path: Path) -> None:
     """Remove what killed processes left beside `path`; a folder that one had moved aside for its new one comes back."""
     for left in path.parent.iterdir():
@@ -60,7 +67,7 @@ def _is_running(process: int) -> bool:
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place when the block ends without an error."""
-    path = Path(path)
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -79,11 +86,11 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 
     Raises HyperLlamaError when `path` already exists and `overwrite` is false.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise HyperLlamaError(f"{path} already exists: name a new folder, or remove this one first")
+    if not overwrite:
+        check_free(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

@@ -21,7 +21,7 @@ from hyperllama.config import ModelConfig, validated
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import atomic_folder, read_json, sha256_file, write_json
 from hyperllama.flops import Ledger
-from hyperllama.names import FINAL_NORM, HEAD
+from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
 
 CARD = "hyperllama.json"
 FOLDED = "hyperllama_folded_factor"
@@ -97,9 +97,7 @@ def open_folder(path: str | Path) -> Folder:
     path = Path(path)
     if not path.is_dir():
         raise HyperLlamaError(f"{path} is not a folder; a model folder with config.json and *.safetensors was expected")
-    config = read_json(path / "config.json")
-    if not isinstance(config, dict):
-        raise HyperLlamaError(f"{path / 'config.json'} must hold a mapping")
+    config = read_config(path)
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]
@@ -115,14 +113,25 @@ def open_folder(path: str | Path) -> Folder:
     else:
         raise HyperLlamaError(f"{path} has no model.safetensors and no model.safetensors.index.json")
     card = read_json(path / CARD) if (path / CARD).is_file() else {}
-    if not isinstance(card, dict):
-        raise HyperLlamaError(f"{path / CARD} must hold a mapping")
+    kinds = {"growth": list, "token_counts": dict}
+    if not isinstance(card, dict) or not all(isinstance(card.get(key, kind()), kind) for key, kind in kinds.items()):
+        raise HyperLlamaError(
+            f"{path / CARD} is damaged: a mapping with a list 'growth' and a mapping 'token_counts' was expected"
+        )
     folder = Folder(path, config, card, files)
     if index.is_file() and len(files) > 1:
-        missing = sorted(set(read_json(index)["weight_map"]) - set(folder.names))
+        missing = sorted(set(read_json(index)["weight_map"]) - set(folder._where))
         if missing:
             raise HyperLlamaError(f"{path}: the index names tensor {missing[0]}, which is in no shard")
     return folder
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder. Raises HyperLlamaError when it is missing or no mapping."""
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict):
+        raise HyperLlamaError(f"{path / 'config.json'} must hold a mapping")
+    return config
 
 
 def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
@@ -138,10 +147,12 @@ def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
         if config.get(key):
             raise HyperLlamaError(f"{file}: {key} is true; only models without biases are supported")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise HyperLlamaError(f"{file}: RoPE's settings are {rope!r}; a mapping was expected")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise HyperLlamaError(f"{file}: scaled RoPE ({rope}) is not supported")
     activation = config.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise HyperLlamaError(f"{file}: hidden_act is {activation!r}; one of {', '.join(_ACTIVATIONS)} was expected")
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -260,12 +271,12 @@ def write_folder(
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer files of a model folder, or one tokenizer file, into `folder`."""
-    if source.suffix == ".model":
-        files = {"tokenizer.model": source}
-    elif source.suffix == ".json":
-        files = {"tokenizer.json": source} | {name: source.parent / name for name in TOKENIZER_FILES[2:]}
-    else:
+    if source.is_dir():
         files = {name: source / name for name in TOKENIZER_FILES}
+    elif source.suffix == ".model":
+        files = {"tokenizer.model": source}
+    else:
+        files = {"tokenizer.json": source} | {name: source.parent / name for name in TOKENIZER_FILES[2:]}
     for name, file in files.items():
         if file.is_file():
             (folder / name).write_bytes(file.read_bytes())
@@ -282,6 +293,7 @@ def read_weights(folder: Folder, config: ModelConfig, targets: dict[str, Tensor]
     Raises HyperLlamaError naming the tensor that is missing, unexpected, or of another shape.
     """
     if config.tie_embeddings and HEAD in folder.names and HEAD not in targets:
+        check_tied(folder)
         names = [name for name in folder.names if name != HEAD]  # some tools write the tied table twice
     else:
         names = folder.names
@@ -300,6 +312,15 @@ def read_weights(folder: Folder, config: ModelConfig, targets: dict[str, Tensor]
         source = folder.tensor(name)
         with torch.no_grad():
             target.copy_(source.to(torch.float32) * factor if name == FINAL_NORM and factor != 1.0 else source)
+
+
+def check_tied(folder: Folder) -> None:
+    """Raise HyperLlamaError when a folder said to be tied has a head of its own: readers differ on which of the two counts."""
+    if HEAD in folder.names and not torch.equal(folder.tensor(HEAD), folder.tensor(EMBEDDING)):
+        raise HyperLlamaError(
+            f"{folder.path}: config.json says that the embeddings are tied, but {HEAD} differs from {EMBEDDING}: "
+            "set tie_word_embeddings to false, or remove one of them"
+        )
 
 
 def folded(

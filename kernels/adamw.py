@@ -44,7 +44,7 @@ def _adamw_csrc(
     eps: float, weight_decay: float, step: Tensor, clip: Tensor,
 ) -> None:  # fmt: skip
     lr, step, clip = lr.to(torch.float32), step.to(torch.int64), clip.to(torch.float32)
-    csrc().hyperllama_adamw(
+    csrc("adamw")(
         pointer(master), pointer(grad), pointer(m), pointer(v), pointer(weights), c_int64(master.numel()), pointer(lr),
         c_double(beta1), c_double(beta2), c_double(eps), c_double(weight_decay), pointer(step), pointer(clip),
         torch.get_num_threads(),

@@ -98,11 +98,17 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def csrc() -> Any:
-    """The library, where `choose` has found that there is one."""
-    loaded = library()
-    assert loaded is not None
-    return loaded
+def csrc(name: str) -> Any:
+    """The function hyperllama_<name> of the library, where `choose` has found that there is one.
+
+    Raises HyperLlamaError when the library is older than the code.
+    """
+    try:
+        return getattr(library(), f"hyperllama_{name}")
+    except AttributeError:
+        raise HyperLlamaError(
+            f"the installed csrc has no {name}: it is older than the code, install hyperllama again"
+        ) from None
 
 
 def _library_folders() -> list[Path]:

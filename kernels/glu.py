@@ -59,7 +59,7 @@ def _glu_backward_csrc(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
 def _launch(dy: Tensor | None, gate_up: Tensor, out: Tensor, activation: str) -> Tensor:
     if out.numel():
         gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
-        csrc().hyperllama_glu(
+        csrc("glu")(
             int(out.dtype == torch.bfloat16), ACTIVATIONS.index(activation), pointer(dy), pointer(gate_up), pointer(out),
             c_int64(gate_up.numel() // (2 * width)), c_int64(width), torch.get_num_threads(),
         )  # fmt: skip

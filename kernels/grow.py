@@ -62,11 +62,16 @@ def grow(source: Tensor, row_copies: int, col_copies: int, *, noise_db: float | 
     `noise_db` adds paired noise (at least 4.78 dB), drawn from the 64-bit `key`.
     Raises HyperLlamaError when the noise would be too loud to keep the pairs' sums exact.
     """
-    if noise_db is not None and noise_db < MIN_NOISE_DB:
+    check_noise(noise_db)
+    return _grow(source, row_copies, col_copies, noise_db, signed(key))
+
+
+def check_noise(noise_db: float | None) -> None:
+    """Raise HyperLlamaError when the noise is no number or too loud to keep the pairs' sums exact."""
+    if noise_db is not None and not noise_db >= MIN_NOISE_DB:
         raise HyperLlamaError(
             f"noise of {noise_db} dB is too loud: at least {MIN_NOISE_DB} dB keeps the function exact"
         )
-    return _grow(source, row_copies, col_copies, noise_db, signed(key))
 
 
 def noise_key(seed: int, name: str) -> int:

@@ -65,7 +65,7 @@ def _softmax_gradient_csrc(
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     wrong = torch.zeros(threads, dtype=torch.int64)
     if logits.numel():
-        csrc().hyperllama_softmax_gradient(
+        csrc("softmax_gradient")(
             int(logits.dtype == torch.bfloat16), pointer(logits), pointer(targets), pointer(losses), pointer(wrong),
             c_int64(logits.shape[0]), c_int64(logits.shape[1]), c_int64(valid_vocab or logits.shape[1]), c_int64(ignore_index),
             c_float(scale), c_float(z_loss), c_float(loss_weight), int(gradient), threads,

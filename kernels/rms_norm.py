@@ -155,7 +155,7 @@ def forward_csrc(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     """The forward on a CPU."""
     y, stream, rstd = _empty_forward(x, residual)
     if x.numel():
-        csrc().hyperllama_rms_norm_forward(
+        csrc("rms_norm_forward")(
             int(x.dtype == torch.bfloat16), pointer(x), pointer(residual), pointer(weight), pointer(y),
             pointer(None if residual is None else stream), pointer(rstd), *_size(x), c_float(eps), torch.get_num_threads(),
         )  # fmt: skip
@@ -170,7 +170,7 @@ def backward_csrc(
     dweight = rstd.new_zeros(stream.shape[-1])
     partial = rstd.new_zeros(threads, stream.shape[-1], dtype=torch.float64)
     if stream.numel():
-        csrc().hyperllama_rms_norm_backward(
+        csrc("rms_norm_backward")(
             int(stream.dtype == torch.bfloat16), pointer(dy), pointer(dstream), pointer(stream), pointer(weight), pointer(rstd),
             pointer(dx), pointer(partial), pointer(dweight), *_size(stream), threads,
         )  # fmt: skip

@@ -59,7 +59,7 @@ def _rope_csrc(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, 
     positions = None if positions is None else positions.to(torch.int64).contiguous()
     out, (batch, seq_len, width), wrong = torch.empty_like(qkv), qkv.shape, c_int(0)
     if out.numel():
-        csrc().hyperllama_rope(
+        csrc("rope")(
             int(qkv.dtype == torch.bfloat16), pointer(qkv), pointer(out), pointer(cos), pointer(sin), pointer(positions),
             c_int64(cos.shape[0]), c_int64(batch * seq_len), c_int64(seq_len), c_int64(width), c_int64(cos.shape[1]),
             c_int64(rotated), int(inverse), byref(wrong), torch.get_num_threads(),

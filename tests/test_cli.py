@@ -322,3 +322,60 @@ def test_ctrl_c_in_the_middle_of_building_leaves_nothing(study, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl"]
+
+
+def test_a_run_does_not_go_on_with_other_data(refuse, run, study, recipe, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(study / "shards" / "eng", shards)
+    file = recipe(data={"sources": [{"path": str(shards)}], "seq_len": SEQ_LEN}, checkpoint={"every_steps": 2})
+    assert run("train", file, "--quiet").code == 0
+    shutil.rmtree(shards)
+    shutil.copytree(study / "shards" / "swe", shards)
+    for arguments in (["--quiet"], ["--dry-run"]):
+        refuse("train", file, *arguments, parts=["run.json", "other data"])
+    (tmp_path / "run" / "run.json").unlink()
+    refuse("train", file, "--quiet", parts=["step-00000006", "other data"])
+
+
+def test_a_dry_run_refuses_what_the_run_would(refuse, run, study, model, recipe, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    merge = tmp_path / "merge.yaml"
+    merge.write_text(
+        yaml.safe_dump({"merge_method": "linear", "models": [{"model": str(model), "parameters": {"weight": 1}}]})
+    )
+    refuse("merge", merge, out, "--dry-run", parts=["out already exists"])
+    refuse("grow", model, out, "--dry-run", parts=["out already exists"])
+    refuse("grow", model, tmp_path / "new", "--noise-db", "nan", "--dry-run", parts=["nan dB"])
+    refuse("grow", model, tmp_path / "new", "--noise-db", "nan", "--factor", 3, parts=["nan dB"])
+    refuse("data", "sample", "--out", out, "--dry-run", parts=["out already exists"])
+    refuse("train", recipe(), "--dry-run", "device=cuda", parts=["no CUDA device"])
+    refuse("train", recipe(), "--dry-run", "attention=flash_attn", parts=["attention"])
+    assert run("train", recipe(), "--quiet").code == 0
+    refuse("train", recipe(seed=8), "--dry-run", parts=["another seed"])
+
+
+def test_odd_values_are_sentences_too(refuse, run, model, tmp_path):
+    refuse("flops", model, "--seq-len", 0, parts=["--seq-len is 0"])
+    refuse("generate", model, "--prompt", "a", "--temperature", "nan", parts=["temperature is nan"])
+    refuse("generate", model, "--prompt", "\udcff", parts=["prompt is not UTF-8"])
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"good": "\\ud800 a", "bad": "b", "phenomenon": "p"}\n')
+    refuse("eval", model, "--pairs", pairs, parts=["pairs.jsonl line 1", "surrogate"])
+    (tmp_path / "run.json").write_text('{"name": "x"}')
+    refuse("runs", tmp_path, parts=["run.json", "not the record"])
+
+
+def test_a_folder_named_like_a_tokenizer_keeps_its_own(run, model, tmp_path):
+    shutil.copytree(model, tmp_path / "llama.model")
+    assert run("grow", tmp_path / "llama.model", tmp_path / "big").code == 0
+    assert (tmp_path / "big" / "tokenizer.model").is_file()
+
+
+def test_the_working_folder_can_be_the_output(run, study, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text, tokenizer = study / "corpus" / "text" / "eng" / "dev.jsonl", study / "tokenizer.model"
+    assert run("data", "build", text, "--tokenizer", tokenizer, "--out", ".").code == 0
+    assert (tmp_path / "here" / "manifest.json").is_file()

@@ -72,6 +72,8 @@ def test_a_bad_recipe_is_refused_with_its_key(recipe, changes, sentence):
         ("a: [1", "not valid YAML"),
         ("- 1\n- 2", "mapping of keys"),
         ("a: 1\na: 2", "given twice"),
+        ("a: {{ x }}", "is not a key"),
+        ("a: 2024-13-45", "not valid YAML"),
         ("!!python/name:os.system ''", "not valid YAML"),
     ],
 )

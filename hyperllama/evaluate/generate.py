@@ -25,19 +25,25 @@ def generate(
     `seed`. `start` stands before the prompt (default: see start_token); what is further back than the model's window is
     forgotten. Raises HyperLlamaError for a negative temperature.
     """
-    if temperature < 0:
-        raise HyperLlamaError(f"temperature is {temperature}; it must not be negative")
+    if not temperature >= 0:
+        raise HyperLlamaError(f"temperature is {temperature}; a number of at least 0 was expected")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise HyperLlamaError("the prompt is not UTF-8 text") from None
     generator = torch.Generator().manual_seed(seed)
     window, device = model.config.max_position_embeddings, model.arena.weights.device
     before = tokenizer.encode(prompt)
     ids = [start_token(tokenizer) if start is None else start, *before]
     for _ in range(max_tokens):
         hidden = model(torch.tensor([ids[-window:]], device=device))
-        logits = model.logits(hidden[0, -1]).double().cpu()
+        logits = model.logits(hidden[0, -1]).double().cpu()[: tokenizer.vocab_size]
+        if not torch.isfinite(logits).all():
+            raise HyperLlamaError("the model's logits are not finite: its weights are damaged")
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            token = int(torch.multinomial(((logits - logits.max()) / temperature).softmax(-1), 1, generator=generator))
         if token == tokenizer.eos_id:
             break
         ids.append(token)

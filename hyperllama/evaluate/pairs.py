@@ -53,6 +53,10 @@ def _pair(line: bytes, where: str) -> Pair:
         text = value.get(key)
         if not isinstance(text, str) or not text.strip():
             raise HyperLlamaError(f'{where} has no text under the key "{key}"')
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise HyperLlamaError(f'{where}: "{key}" holds half a surrogate pair, which is no Unicode text') from None
     pair = Pair(value["good"], value["bad"], value["phenomenon"])
     if pair.good == pair.bad:
         raise HyperLlamaError(f"{where}: the good and the bad sentence are the same")

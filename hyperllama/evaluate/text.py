@@ -65,6 +65,6 @@ def evaluate_text(
         "tokens": n_tokens,
         "nll_nats": total,
         "bits_per_byte": total / log(2) / n_bytes,
-        "perplexity": exp(total / n_tokens),
+        "perplexity": exp(total / n_tokens) if total < 709 * n_tokens else None,
         "flops": flops,
     }

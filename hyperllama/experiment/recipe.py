@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -32,7 +33,7 @@ class ExperimentConfig(Settings):
 
     name: str = Field(min_length=1)
     out: str
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**63)
     sample: SampleSettings | None = Field(None, description="the built-in sample text ...")
     corpus: str | None = Field(
         None, description="... or a folder: text/<language>/{train,dev}.jsonl[.gz], minimal_pairs/"
@@ -52,7 +53,9 @@ class ExperimentConfig(Settings):
     replay: float = Field(0.1, gt=0, lt=1, description="share of base-language windows in an adaptation")
     factor: int = Field(2, ge=2)
     noise_db: float | None = Field(10.0, description="growth noise; null: none, and a clone stays symmetric")
-    merge_methods: list[str] = Field(["linear", "task_arithmetic", "ties"], min_length=1)
+    merge_methods: list[Literal["linear", "task_arithmetic", "ties"]] = Field(
+        ["linear", "task_arithmetic", "ties"], min_length=1
+    )
     density: float = Field(0.5, gt=0, le=1, description="of ties")
     dev_bytes: int = Field(10**9, gt=0, description="development text read per language")
     dev_pairs: int = Field(10**9, gt=0, description="minimal pairs read per language")
@@ -63,6 +66,8 @@ class ExperimentConfig(Settings):
             raise ValueError("give either sample (built-in text) or corpus (a folder), not both or none")
         if self.base_language in self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError("targets must be different languages, the base language not among them")
+        if len(set(self.merge_methods)) < len(self.merge_methods):
+            raise ValueError("merge_methods must be different")
         return self
 
     @property

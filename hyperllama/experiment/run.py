@@ -15,6 +15,7 @@ Everything is a pure function of the recipe; what exists is kept, so an interrup
 import gzip
 import json
 import time
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ import yaml
 from hyperllama.config import ModelConfig, RunConfig, read_yaml, validated
 from hyperllama.data.sample import write_corpus
 from hyperllama.data.shards import build_shards
+from hyperllama.data.text import iter_documents
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
 from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate import evaluate_folder
+from hyperllama.evaluate.pairs import read_pairs
 from hyperllama.experiment.recipe import FAMILIES, Arm, Budgets, ExperimentConfig, budgets, grid
 from hyperllama.experiment.report import write_report
 from hyperllama.files import atomic_folder, read_json, write_json, write_text
@@ -46,7 +49,14 @@ CURVE_POINTS = 200
 
 
 def describe(config: ExperimentConfig) -> dict[str, Any]:
-    """The study's plan for --dry-run: every arm with its exact FLOPs. Reads and writes nothing."""
+    """The study's plan for --dry-run: every arm with its exact FLOPs. Writes nothing.
+
+    Raises HyperLlamaError as far as bad input shows without reading the text.
+    """
+    if config.corpus is not None:
+        for language in config.languages:
+            for part in ("train", "dev"):
+                _part(Path(config.corpus), language, part)
     model = config.model.resolve(config.vocab, config.seq_len)
     spend = budgets(config, model)
     arms = grid(config, spend)
@@ -143,10 +153,13 @@ class Study:
         if not (self.out / "dev").is_dir():
             with atomic_folder(self.out / "dev") as dev:
                 for language in c.languages:
-                    _head(_part(source, language, "dev"), dev / f"{language}.jsonl", c.dev_bytes)
-                    _spread(
-                        source / "minimal_pairs" / f"{language}.jsonl", dev / f"{language}.pairs.jsonl", c.dev_pairs
-                    )
+                    text, pairs = dev / f"{language}.jsonl", dev / f"{language}.pairs.jsonl"
+                    _head(_part(source, language, "dev"), text, c.dev_bytes)
+                    for _ in iter_documents([text]):  # a bad line is found now, not after hours of training
+                        pass
+                    _spread(source / "minimal_pairs" / f"{language}.jsonl", pairs, c.dev_pairs)
+                    if pairs.is_file():
+                        read_pairs(pairs)
 
     def run_config(self, arm: Arm, cost: int) -> RunConfig:
         """The training run of an arm, as `hyperllama train` would read it."""
@@ -392,8 +405,11 @@ def _part(source: Path, language: str, part: str) -> Path:
 
 
 def _lines(file: Path) -> Iterable[str]:
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        yield from lines
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+            yield from lines
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise HyperLlamaError(f"{file} cannot be read: {error}") from None
 
 
 def _head(source: Path, out: Path, limit: int) -> None:

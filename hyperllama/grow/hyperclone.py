@@ -13,6 +13,7 @@ by a factor that exported folders carry in the final norm (see hub.py).
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hyperllama.arena import Arena
 from hyperllama.errors import HyperLlamaError
+from hyperllama.files import check_free
 from hyperllama.flops import Ledger, window_flops
 from hyperllama.hub import (
     Folder,
@@ -32,7 +34,8 @@ from hyperllama.hub import (
     read_weights,
     write_folder,
 )
-from hyperllama.kernels.grow import grow, noise_key
+from hyperllama.kernels.grow import check_noise, grow, noise_key
+from hyperllama.kernels.merge import common_dtype
 from hyperllama.model import Llama
 from hyperllama.names import EMBEDDING, HEAD, logical_tensors
 
@@ -50,6 +53,7 @@ def plan_growth(path: str | Path, factor: int, noise_db: float | None, seed: int
     """What growing a folder would give: shapes, parameters and FLOPs, as exact integers. Writes nothing."""
     if factor < 2:
         raise HyperLlamaError(f"--factor is {factor}; growing needs an integer of at least 2")
+    check_noise(noise_db)
     folder = open_folder(path)
     small = model_config(folder.config, folder.path)
     large = small.grown(factor)
@@ -81,6 +85,7 @@ def grow_folder(
     Raises HyperLlamaError, with nothing written, when the input is not a Llama, or when a power-of-two factor, whose divisions
     are exact, did not keep the function. Other factors round every divided weight: the figures say by how much that tells.
     """
+    check_free(out)
     plan = plan_growth(path, factor, noise_db, seed)
     folder = open_folder(path)
     small = _load(folder)
@@ -92,7 +97,8 @@ def grow_folder(
         if progress:
             progress(done + 1, len(targets))
     report = verify(small, large)
-    if not report["preserved"] and factor & (factor - 1) == 0:
+    exact = factor & (factor - 1) == 0
+    if not isfinite(report["max_logit_difference"]) or (exact and not report["preserved"]):
         raise HyperLlamaError(
             f"growing {path} changed its function: logits differ by up to {report['max_logit_difference']:.3g}; nothing was written"
         )
@@ -107,9 +113,9 @@ def grow_folder(
 
 
 def _load(folder: Folder) -> Llama:
-    """The folder's model in its stored dtype, on the CPU."""
+    """The folder's model in the dtype that holds all of its weights, on the CPU."""
     config = model_config(folder.config, folder.path)
-    arena = Arena(config, folder.dtype(EMBEDDING), "cpu", training=False)
+    arena = Arena(config, common_dtype([folder.dtype(name) for name in folder.names]), "cpu", training=False)
     read_weights(folder, config, arena.logical("weights"))
     return Llama(config, arena)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperllama.errors import HyperLlamaError
+from hyperllama.files import check_free
 from hyperllama.flops import Ledger
 from hyperllama.hub import folder_hashes, write_folder
 from hyperllama.merge.planner import Plan
@@ -90,14 +91,14 @@ def _card(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
+def check_output(plan: Plan, out: Path, overwrite: bool = False) -> None:
     """Refuse an output folder before any work: one that is taken, or one that the merge reads from."""
     for label, folder in plan.folders.items():
         source = folder.path.resolve()
         if source == out.resolve() or out.resolve() in source.parents:
             raise HyperLlamaError(f"{out} is or holds {label}, a model to merge from: name another output folder")
-    if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise HyperLlamaError(f"{out} already exists: name a new folder, or remove this one first")
+    if not overwrite:
+        check_free(out)
 
 
 def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Progr
     Raises HyperLlamaError when `out` exists without `overwrite`, is one of the models, or a result is not finite.
     """
     out = Path(out)
-    _check_output(plan, out, overwrite)
+    check_output(plan, out, overwrite)
     card = _card(plan)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 from hyperllama.config import ModelConfig
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import sha256_file
-from hyperllama.hub import Folder, factor_is_folded, model_config, open_folder
+from hyperllama.hub import Folder, check_tied, factor_is_folded, model_config, open_folder
 from hyperllama.merge.recipe import Recipe
 from hyperllama.merge.steps import Step, tensor_steps
 from hyperllama.names import HEAD, logical_tensors
@@ -98,6 +98,8 @@ def _check_folder(label: str, folder: Folder, config: ModelConfig) -> None:
             raise HyperLlamaError(
                 f"{label}: tensor {name} has shape {folder.shape(name)}, its config.json asks for {shape}"
             )
+    if config.tie_embeddings:
+        check_tied(folder)
     for name in folder.names:
         if name not in wanted and name != HEAD:
             raise HyperLlamaError(f"{label} has a tensor {name}, which no Llama of its config.json has")

@@ -35,7 +35,15 @@ class Processes:
         """Sum host integers over all processes, exactly."""
         if self.world == 1:
             return values
-        return [int(v) for v in self.sum_(torch.tensor(values, dtype=torch.int64, device=self.device)).tolist()]
+        return [int(v) for v in self.sum_(torch.tensor(values, dtype=torch.int64)).tolist()]
+
+    def largest_int(self, value: int) -> int:
+        """The largest of a host integer over all processes."""
+        if self.world == 1:
+            return value
+        held = torch.tensor(value)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return int(held)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -66,7 +74,8 @@ def processes(device: str) -> Iterator[Processes]:
     if world == 1 or dist.is_initialized():
         yield Processes(rank, world, picked)
         return
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    # integers of the host go through Gloo: asking for them must not wait for the GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world, picked)
     finally:

@@ -18,7 +18,7 @@ from hyperllama.data.loader import Loader, micro_batches
 from hyperllama.errors import HyperLlamaError, Stopped
 from hyperllama.files import read_json, write_json, write_text
 from hyperllama.flops import Ledger, window_flops
-from hyperllama.hub import folder_hashes, read_weights
+from hyperllama.hub import read_weights
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.model import Llama
@@ -38,8 +38,7 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
     out = Path(config.out)
     with processes(config.device) as mine:
         plan = make_plan(config)
-        if (out / "config.yaml").is_file():
-            _check_same_run(out, config)
+        check_folder(plan)
         if (out / "run.json").is_file():
             return read_json(out / "run.json")
         if mine.is_main:
@@ -52,9 +51,12 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
     o, seq_len = config.optimizer, config.data.seq_len
     arena = Arena(plan.model, plan.dtype, mine.device, training=True)
     model = Llama(plan.model, arena, backend=config.attention)
-    step, ledger, counts = _start(plan, model, mine.device)
+    step, ledger, counts, earlier = _start(plan, model, mine.device)
     lr, at = torch.zeros((), device=mine.device), torch.zeros((), dtype=torch.int64, device=mine.device)
-    causal, peak = window_flops(plan.model, seq_len, "causal"), peak_flops(device_name(mine.device))
+    causal, peak = (
+        window_flops(plan.model, seq_len, "causal"),
+        peak_flops(device_name(mine.device), mine.world, plan.dtype),
+    )
     metrics = Metrics(out / "metrics.jsonl", step, write=mine.is_main)
     began = time.perf_counter()
     windows = counted = logged = step * config.global_batch
@@ -69,6 +71,7 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
     def save() -> None:
         if mine.is_main:
             state = {"windows": windows, "ledger": ledger.to_json(), "token_counts": token_counts()}
+            state["seconds"] = round(earlier + time.perf_counter() - began, 2)
             save_state(out, step, arena, state, config.checkpoint.keep)
         mine.barrier()
 
@@ -148,7 +151,7 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
                 bar.update(task, completed=step, figures=speed_text(line))
             if windows in plan.milestones:
                 export(out / "milestones" / str(plan.milestones[windows]))
-            if step < plan.steps and stop.agreed(mine, step, config.log_every):
+            if stop.agreed(mine) and step < plan.steps:
                 metrics.flush((windows - logged) * seq_len, (windows - logged) * causal, peak)
                 save()
                 raise Stopped(
@@ -165,7 +168,7 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
         "ledger": ledger.to_json(),
         "loss": metrics.last.get("loss"),
         "plan": plan.describe(),
-        "seconds": round(time.perf_counter() - began, 2),
+        "seconds": round(earlier + time.perf_counter() - began, 2),
         "device": device_name(mine.device),
         "processes": mine.world,
         "versions": {"hyperllama": __version__, "torch": torch.__version__},
@@ -173,21 +176,33 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
     if mine.is_main:
         write_json(out / "run.json", record)
     mine.barrier()
+    if stop.signal:
+        raise Stopped(stop.signal, "the run was done when the signal came; its model is written")
     return record
 
 
-def _start(plan: Plan, model: Llama, device: torch.device) -> tuple[int, Ledger, dict[str, int]]:
-    """Fill the arena from the newest checkpoint, a model folder, or at random: (steps done, ledger, token counts)."""
+def _start(plan: Plan, model: Llama, device: torch.device) -> tuple[int, Ledger, dict[str, int], float]:
+    """Fill the arena from the newest checkpoint, a model folder, or at random: (steps done, ledger, token counts, seconds)."""
     arena, saved = model.arena, checkpoints(Path(plan.config.out))
     if saved:
         state = load_state(saved[-1], arena)
-        return state["step"], Ledger.from_json(state["ledger"], saved[-1]), state["token_counts"]
+        return state["step"], Ledger.from_json(state["ledger"], saved[-1]), state["token_counts"], state["seconds"]
     if plan.start is not None:
         read_weights(plan.start, plan.model, arena.logical("weights"))
         arena.master_from_weights()
     else:
         model.init_weights(plan.config.seed)
-    return 0, plan.ledger, {}
+    return 0, plan.ledger, {}, 0.0
+
+
+def _check_same_inputs(path: Path, record: dict[str, Any], plan: Plan) -> None:
+    """Raise HyperLlamaError when what the settings point to has changed since `path` was written."""
+    ledger = record.get("ledger") if isinstance(record, dict) else None
+    if Ledger.from_json(ledger, path).run != plan.ledger.run:
+        raise HyperLlamaError(
+            f"{path} was made from other data, another start or another budget than this recipe now has: "
+            "choose another out, or remove the folder"
+        )
 
 
 def _card(plan: Plan, ledger: Ledger, token_counts: dict[str, int]) -> dict[str, Any]:
@@ -196,7 +211,7 @@ def _card(plan: Plan, ledger: Ledger, token_counts: dict[str, int]) -> dict[str,
         {"path": str(s.shards.path), "sha256": s.shards.fingerprint} for s in plan.mixture.sources
     ]
     if plan.start is not None:
-        made_from.append({"path": str(plan.start.path), "sha256": folder_hashes(plan.start)})
+        made_from.append({"path": str(plan.start.path), "sha256": plan.start_hashes})
     return {
         "kind": "train",
         "ledger": ledger.to_json(),
@@ -207,19 +222,25 @@ def _card(plan: Plan, ledger: Ledger, token_counts: dict[str, int]) -> dict[str,
     }
 
 
-def _check_same_run(out: Path, config: RunConfig) -> None:
-    """Raise HyperLlamaError when `out` holds another run than `config`, naming the first key that differs."""
-    stored, wanted = read_yaml(out / "config.yaml"), config.model_dump(mode="json")
+def check_folder(plan: Plan) -> None:
+    """Raise HyperLlamaError when `out` holds another run than the plan's, naming the first key that differs."""
+    out, wanted = Path(plan.config.out), plan.config.model_dump(mode="json")
+    if not (out / "config.yaml").is_file():
+        return
+    stored = read_yaml(out / "config.yaml")
     for key in wanted:
         if key not in ("device", "log_every") and stored.get(key) != wanted[key]:
             raise HyperLlamaError(
                 f"{out} holds a run with another {key} ({json.dumps(stored.get(key))}, now {json.dumps(wanted[key])}): "
                 "choose another out, or remove the folder"
             )
+    records = [out / "run.json"] if (out / "run.json").is_file() else [p / "state.json" for p in checkpoints(out)[-1:]]
+    for file in records:
+        _check_same_inputs(file, read_json(file), plan)
 
 
 class _StopRequest:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second SIGINT interrupts at once."""
+    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second one interrupts at once."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -242,8 +263,7 @@ class _StopRequest:
             raise KeyboardInterrupt
         self.signal = number
 
-    def agreed(self, mine: Processes, step: int, every: int) -> bool:
-        """Whether all processes know of a signal; several processes ask each other only every `every` steps."""
-        if mine.world == 1:
-            return self.signal != 0
-        return step % every == 0 and mine.sum_ints([self.signal]) != [0]
+    def agreed(self, mine: Processes) -> bool:
+        """Whether any process got a signal; then all of them have it."""
+        self.signal = mine.largest_int(self.signal)
+        return self.signal != 0

@@ -31,10 +31,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def peak_flops(name: str) -> float | None:
-    """bf16 peak of a device by name, in FLOP/s; None when unknown: no MFU is better than a guessed one."""
-    matches = [key for key in PEAK_FLOPS if key in name]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+def peak_flops(name: str, devices: int, dtype: torch.dtype) -> float | None:
+    """bf16 peak of `devices` devices by name, in FLOP/s; None when unknown: no MFU is better than a guessed one."""
+    matches = [key for key in PEAK_FLOPS if key in name and "NVL" not in name]
+    return PEAK_FLOPS[max(matches, key=len)] * devices if matches and dtype == torch.bfloat16 else None
 
 
 class Metrics:

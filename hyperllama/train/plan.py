@@ -33,6 +33,7 @@ class Plan:
     tokenizer: Tokenizer
     mixture: Mixture
     start: Folder | None
+    start_hashes: dict[str, str] | None
     ledger: Ledger
     cost: int
     windows: int
@@ -109,18 +110,19 @@ def make_plan(config: RunConfig) -> Plan:
     if config.init_from is not None:
         start = open_folder(config.init_from)
         model = model_config(start.config, start.path)
-        if tokenizer.vocab_size > model.vocab_size:
+        rows = model.unpadded_vocab_size or model.vocab_size
+        if tokenizer.vocab_size > rows:
             raise HyperLlamaError(
-                f"{config.tokenizer} has {tokenizer.vocab_size} tokens, but the model in {config.init_from} has only "
-                f"{model.vocab_size} embedding rows"
+                f"{config.tokenizer} has {tokenizer.vocab_size} tokens, but the model in {config.init_from} knows only {rows}"
             )
     else:
         assert config.model is not None  # RunConfig requires one of the two
         start, model = None, config.model.resolve(tokenizer.vocab_size, seq_len)
     cost = window_flops(model, seq_len)
-    run_id = _run_id(config, mixture, start)
-    ledger = Ledger.child(run_id, start.ledgers if start else [])
+    ledger = Ledger.child("", start.ledgers if start else [])
     windows = _windows(config, cost, ledger)
+    hashes = folder_hashes(start) if start else None
+    ledger.run = _run_id(config, mixture, hashes, windows)
     mixture.check(windows)
     milestones = {}
     for flops in config.checkpoint.milestones:
@@ -132,7 +134,7 @@ def make_plan(config: RunConfig) -> Plan:
                 f"{flops // step * step} and {(flops // step + 1) * step}"
             )
         milestones[at] = flops
-    return Plan(config, model, dtype, tokenizer, mixture, start, ledger, cost, windows, milestones)
+    return Plan(config, model, dtype, tokenizer, mixture, start, hashes, ledger, cost, windows, milestones)
 
 
 def _mixture(config: RunConfig, tokenizer: Tokenizer) -> Mixture:
@@ -184,11 +186,13 @@ def _windows(config: RunConfig, cost: int, ledger: Ledger) -> int:
     return windows_for(flops, cost)
 
 
-def _run_id(config: RunConfig, mixture: Mixture, start: Folder | None) -> str:
+def _run_id(config: RunConfig, mixture: Mixture, start_hashes: dict[str, str] | None, windows: int) -> str:
     """Name and a hash of everything that decides the run's bits: the same run has the same id."""
     settings = config.model_dump(exclude={"name", "out", "device", "log_every", "checkpoint", "attention", "tokenizer"})
     for source in settings["data"]["sources"]:
         del source["path"]  # the mixture's fingerprint stands for what the paths hold
-    settings["init_from"] = folder_hashes(start) if start else None
-    text = json.dumps([settings, mixture.fingerprint], sort_keys=True)
+    if settings["data"]["replay"]:
+        del settings["data"]["replay"]["path"]
+    settings["init_from"] = start_hashes
+    text = json.dumps([settings, mixture.fingerprint, windows], sort_keys=True)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

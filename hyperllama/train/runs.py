@@ -5,6 +5,7 @@ from typing import Any
 
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
+from hyperllama.flops import Ledger
 
 
 def summaries(folders: list[Path]) -> list[dict[str, Any]]:
@@ -17,20 +18,23 @@ def summaries(folders: list[Path]) -> list[dict[str, Any]]:
         files = [folder / "run.json"] if (folder / "run.json").is_file() else sorted(folder.glob("**/run.json"))
         if not files:
             raise HyperLlamaError(f"{folder} holds no finished run (no run.json)")
-        rows += [_row(read_json(file)) for file in files]
+        rows += [_row(file) for file in files]
     return rows
 
 
-def _row(record: dict[str, Any]) -> dict[str, Any]:
-    plan, ledger = record["plan"], record["ledger"]
-    inherited = sum(ledger["ancestors"].values())
-    return {
-        "run": record["name"],
-        "parameters": plan["parameters"],
-        "tokens": plan["tokens"],
-        "steps": plan["steps"],
-        "spent_flops": ledger["spent"],
-        "total_flops": inherited + ledger["spent"],
-        "loss": record["loss"],
-        "seconds": record["seconds"],
-    }
+def _row(file: Path) -> dict[str, Any]:
+    record = read_json(file)
+    try:
+        plan, ledger = record["plan"], Ledger.from_json(record["ledger"], file)
+        return {
+            "run": record["name"],
+            "parameters": plan["parameters"],
+            "tokens": plan["tokens"],
+            "steps": plan["steps"],
+            "spent_flops": ledger.spent,
+            "total_flops": ledger.total,
+            "loss": record["loss"],
+            "seconds": record["seconds"],
+        }
+    except (KeyError, TypeError) as error:
+        raise HyperLlamaError(f"{file} is not the record of a training run: {error!r}") from None

@@ -117,10 +117,15 @@ class TestResults:
         torch.testing.assert_close(weights(tmp_path / "out")[HEAD], (tied[EMBEDDING] + untied[HEAD]) / 2)
         assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
-    def test_a_head_stored_beside_a_tied_embedding_is_ignored(self, make_model: MakeModel, tmp_path: Path) -> None:
-        make_model("a", change=lambda tensors: tensors.update({HEAD: torch.ones(24, 8)}))
+    def test_a_head_stored_beside_a_tied_embedding_must_be_that_embedding(
+        self, make_model: MakeModel, tmp_path: Path
+    ) -> None:
+        make_model("a", change=lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
         run(plan(linear("a"), tmp_path), tmp_path / "out")
         assert HEAD not in weights(tmp_path / "out")
+        make_model("b", change=lambda tensors: tensors.update({HEAD: torch.ones(24, 8)}))
+        with pytest.raises(HyperLlamaError, match=r"b: config.json says that the embeddings are tied, but lm_head"):
+            plan(linear("b"), tmp_path)
 
     @pytest.mark.parametrize("tied", [True, False])
     def test_transformers_loads_the_result(self, make_model: MakeModel, tmp_path: Path, tied: bool) -> None:

@@ -122,3 +122,11 @@ def test_mistakes_are_named(text: str, sentence: str) -> None:
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(HyperLlamaError, match=r"none.yaml does not exist"):
         read_recipe(tmp_path / "none.yaml")
+
+
+def test_merge_keys_of_yaml_are_followed() -> None:
+    text = "merge_method: linear\nx: &p {weight: 0.5}\nmodels: [{model: a, parameters: {<<: *p, density: 1}}]"
+    with pytest.raises(HyperLlamaError, match="unknown key 'x'"):
+        parse_recipe(text, "r.yaml")
+    text = "merge_method: linear\nmodels: [{model: a, parameters: &p {weight: 0.5}}, {model: b, parameters: {<<: *p}}]"
+    assert parse_recipe(text, "r.yaml").models[1].parameters == {"weight": 0.5}
