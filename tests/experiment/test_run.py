@@ -167,7 +167,12 @@ def test_a_bad_study_is_refused_before_any_work(tmp_path, changes, sentence):
 
 
 @pytest.mark.parametrize("name", ["demo", "real-text"])
-def test_the_recipes_that_come_along_have_a_plan(name):
-    plan = describe(load_experiment(ROOT / "recipes" / f"{name}.yaml"))
+def test_the_recipes_that_come_along_have_a_plan(tmp_path, name):
+    for language in ("eng", "est", "fao", "fas", "isl", "swe"):
+        (tmp_path / "text" / language).mkdir(parents=True)
+        for part in ("train", "dev"):
+            (tmp_path / "text" / language / f"{part}.jsonl").touch()
+    corpus = [f"corpus={tmp_path}"] if name == "real-text" else []
+    plan = describe(load_experiment(ROOT / "recipes" / f"{name}.yaml", corpus))
     assert plan["training_flops"] == sum(arm["flops"] for arm in plan["arms"]) and len(plan["merges"]) == 9
     assert all(arm["flops"] % plan["budgets"]["quantum"] == 0 for arm in plan["arms"])
