@@ -12,6 +12,7 @@ import torch
 
 from hyperllama.arena import Arena
 from hyperllama.config import ModelConfig
+from hyperllama.experiment.recipe import load_experiment
 from hyperllama.flops import window_flops
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.backend import use
@@ -21,22 +22,17 @@ from hyperllama.model import Llama
 from .environment import device_slug, environment
 from .harness import Case, Thunk, copy_bandwidth, matmul_rate, run, table, write_results
 
-SHAPES = {  # the demo's model and its clone
-    "demo 1x": {"hidden_size": 64, "intermediate_size": 192, "num_heads": 2, "num_kv_heads": 1},
-    "demo 2x": {"hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "num_kv_heads": 2},
-}
-WINDOWS, SEQ_LEN = 16, 128
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 
 
-def step_case(name: str, dtype: torch.dtype) -> Case:
-    """One optimizer step of a shape of `SHAPES`; every provider has a model of its own, and returns the step's loss."""
-    rest = {"vocab_size": 1024, "num_layers": 4, "head_dim": 32, "max_position_embeddings": SEQ_LEN}
-    config = ModelConfig.model_validate(SHAPES[name] | rest | {"activation": "gelu"})
+def step_case(name: str, config: ModelConfig, windows: int, dtype: torch.dtype) -> Case:
+    """One optimizer step on full windows; every provider has a model of its own, and returns the step's loss."""
+    seq_len = config.max_position_embeddings
     generator = torch.Generator().manual_seed(0)
-    ids, targets = torch.randint(config.vocab_size, (2, WINDOWS, SEQ_LEN), generator=generator)
+    ids, targets = torch.randint(config.vocab_size, (2, windows, seq_len), generator=generator)
     lr, one, clip = torch.tensor(1e-3), torch.tensor(1), torch.tensor(1.0)
 
-    def provider(backend: str | None) -> Callable[[], Thunk]:
+    def provider(backend: str) -> Callable[[], Thunk]:
         def setup() -> Thunk:
             arena = Arena(config, dtype, "cpu", training=True)
             model = Llama(config, arena)
@@ -66,23 +62,27 @@ def step_case(name: str, dtype: torch.dtype) -> Case:
 
     params: dict[str, int | float | str] = {
         "model": name,
-        "windows": WINDOWS,
+        "windows": windows,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    flops = WINDOWS * window_flops(config, SEQ_LEN, "causal")
-    return Case("step", params, flops, 0, {"reference": provider("reference"), "csrc": provider(None)}, check)
+    flops = windows * window_flops(config, seq_len, "causal")
+    return Case("step", params, flops, 0, {name: provider(name) for name in ("reference", "csrc")}, check)
 
 
 def main() -> None:
-    """Time all shapes in both precisions."""
+    """Time the demo's model and its clone in both precisions."""
     parser = argparse.ArgumentParser(description="Time training steps: C++ ops against plain torch.")
     parser.add_argument("--quick", action="store_true", help="9 rounds instead of 31")
     parser.add_argument("--out", type=Path, help="write <out>/<device>/cpu.json")
     arguments = parser.parse_args()
     rounds = 9 if arguments.quick else 31
     roofs = {"copy": copy_bandwidth(), "matmul": matmul_rate()}
+    demo = load_experiment(RECIPE)
+    small = demo.model.resolve(demo.vocab, demo.seq_len)
     results = [
-        run(step_case(name, dtype), rounds=rounds) for dtype in (torch.float32, torch.bfloat16) for name in SHAPES
+        run(step_case(name, shape, demo.global_batch, dtype), rounds=rounds)
+        for dtype in (torch.float32, torch.bfloat16)
+        for name, shape in (("demo 1x", small), ("demo 2x", small.grown(demo.factor)))
     ]
     print(table(results))
     if arguments.out:

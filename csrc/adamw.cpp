@@ -9,7 +9,8 @@ HYPERLLAMA_API void hyperllama_adamw(float* master, const float* grad, float* m,
     using hyperllama::bf16;
     const float scale = *clip, rate = *lr, decay = float(weight_decay), floor = float(eps);
     const float b1 = float(beta1), b2 = float(beta2), a1 = float(1 - beta1), a2 = float(1 - beta2);
-    const float correct1 = float(1 / (1 - std::pow(beta1, double(*step)))), correct2 = float(1 / (1 - std::pow(beta2, double(*step))));
+    const float correct1 = float(1 / (1 - std::pow(beta1, double(*step))));
+    const float correct2 = float(1 / (1 - std::pow(beta2, double(*step))));
     bf16* rounded = static_cast<bf16*>(weights);
     hyperllama::parallel(n, 4, threads, [&](int64_t begin, int64_t end, int) {
         auto update = [&](int64_t i) {

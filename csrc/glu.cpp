@@ -41,7 +41,7 @@ inline Value activate(float g) {
         p = p * t + 0.281828112907f;
         p = p * t + 9.17899469624e-6f;
         float tail = 0.5f * e * p, share = g < 0.0f ? tail : 1.0f - tail;
-        return {share, share + (e == 0.0f ? 0.0f : g * e * 0.398942280f)};
+        return {share, share + g * e * 0.398942280f};
     } else {
         // (1 + tanh u) / 2 = 1 / (1 + e^(-2u)): nothing cancels; beyond +-100 nothing changes any more
         constexpr float a = 1.59576912f, b = 0.0713548163f;  // 2u = a g + b g^3: 2 sqrt(2 / pi), and that times 0.044715

@@ -9,16 +9,19 @@ namespace hyperllama {
 constexpr int64_t kColumns = 4096;  // exponentials summed in fp32 before they go into the fp64 sum: short chains of rounding
 
 // Loss of every row, and the gradient in the place of its logits; columns from `valid` on get none. Rows whose target is
-// `ignored` get zeros. `wrong` counts targets outside the vocabulary.
+// `ignored` get zeros. `wrong` is set when a target is outside the vocabulary.
 template <class T>
-static void softmax_gradient(T* logits, const int64_t* targets, float* losses, int64_t* wrong, int64_t rows, int64_t cols,
+static void softmax_gradient(T* logits, const int64_t* targets, float* losses, int* wrong, int64_t rows, int64_t cols,
                              int64_t valid, int64_t ignored, float scale, float z_loss, float weight, int gradient, int threads) {
-    parallel(rows, 4 * cols, threads, [&](int64_t begin, int64_t end, int thread) {
+    parallel(rows, 4 * cols, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t r = begin; r < end; r++) {
             T* row = logits + r * cols;
             const int64_t target = targets[r];
             if (target == ignored || target < 0 || target >= cols) {
-                wrong[thread] += target != ignored;
+                if (target != ignored) {
+#pragma omp atomic write
+                    *wrong = 1;
+                }
                 losses[r] = 0;
                 if (gradient) std::memset(static_cast<void*>(row), 0, cols * sizeof(T));
                 continue;
@@ -34,9 +37,9 @@ static void softmax_gradient(T* logits, const int64_t* targets, float* losses, i
                 for (int64_t c = first; c < last; c++) sum += exp_(load(row + c) * scale - peak);
                 total += sum;
             }
-            const float lse = float(std::log(total)) + peak;
+            const float log_total = float(std::log(total)), lse = log_total + peak;
             const float of_target = target < valid ? load(row + target) * scale - peak : -std::numeric_limits<float>::infinity();
-            losses[r] = float(std::log(total)) - of_target + z_loss * lse * lse;
+            losses[r] = log_total - of_target + z_loss * lse * lse;
             if (!gradient) continue;
             const float factor = weight * scale * (1 + 2 * z_loss * lse) / float(total);
 #pragma omp simd
@@ -49,7 +52,7 @@ static void softmax_gradient(T* logits, const int64_t* targets, float* losses, i
 
 }  // namespace hyperllama
 
-HYPERLLAMA_API void hyperllama_softmax_gradient(int is_bf16, void* logits, const int64_t* targets, float* losses, int64_t* wrong,
+HYPERLLAMA_API void hyperllama_softmax_gradient(int is_bf16, void* logits, const int64_t* targets, float* losses, int* wrong,
                                                 int64_t rows, int64_t cols, int64_t valid, int64_t ignored, float scale,
                                                 float z_loss, float weight, int gradient, int threads) {
     if (is_bf16)

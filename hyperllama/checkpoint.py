@@ -1,7 +1,7 @@
 """Training state on disk: atomic, checksummed, found by scanning; and the model a run leaves behind.
 
     <run>/checkpoints/step-00000100/state.safetensors    master/<name>, m/<name>, v/<name>, all fp32
-                                    state.json           step, windows, ledger, token counts, SHA-256 of both files
+                                    state.json           step, windows, ledger, token counts, seconds, SHA-256
     <run>/model/                                         the finished model, a Hugging Face folder
 
 Weights are not stored: they are the masters, rounded. So a resumed run continues from the same bits.

@@ -98,8 +98,8 @@ def data_build(
     from hyperllama.data.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(tokenizer)
-    check_free(out)
     if dry_run:
+        check_free(out)
         reads = [str(path) for path in _existing(texts)]
         _print({"reads": [*reads, str(tokenizer)], "writes": str(out), "vocab_size": loaded.vocab_size}, as_json)
         return
@@ -137,8 +137,8 @@ def data_sample(
     """Write the built-in sample corpus in six languages: text to try the software on, not to draw conclusions from."""
     from hyperllama.data.sample import LANGUAGES, write_corpus
 
-    check_free(out)
     if dry_run:
+        check_free(out)
         _print({"languages": list(LANGUAGES), "bytes": n_bytes, "dev_bytes": dev_bytes, "writes": str(out)}, False)
         return
     write_corpus(out, LANGUAGES, n_bytes, seed=seed, dev_bytes=dev_bytes, pairs=pairs)
@@ -202,8 +202,8 @@ def grow_command(
     """Grow a model wider by HyperCloning and verify that it still computes the same function."""
     from hyperllama.grow.hyperclone import grow_folder, plan_growth
 
-    check_free(out)
     if dry_run:
+        check_free(out)
         _print(plan_growth(source, factor, noise_db, seed) | {"writes": str(out)}, as_json)
         return
     with _bar("grow", disable=quiet) as progress:
@@ -236,8 +236,8 @@ def merge_command(
     from hyperllama.merge.recipe import read_recipe
 
     planned = plan(read_recipe(recipe), Path.cwd())
-    check_output(planned, out)
     if dry_run:
+        check_output(planned, out)
         _print(planned.describe() | {"writes": str(out)}, as_json)
         return
     with _bar("merge", disable=quiet) as progress:

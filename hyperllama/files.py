@@ -41,7 +41,10 @@ def check_free(path: str | Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left beside `path`; a folder that one had moved aside for its new one comes back."""
+    """Remove what killed processes left beside `path`; a folder that one had moved aside for its new one comes back.
+
+    A process of another machine counts as dead: one output is written from one machine at a time.
+    """
     for left in path.parent.iterdir():
         match = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)\.(tmp|old)", left.name)
         if match is None or _is_running(int(match[1])):

@@ -316,7 +316,10 @@ def read_weights(folder: Folder, config: ModelConfig, targets: dict[str, Tensor]
 
 def check_tied(folder: Folder) -> None:
     """Raise HyperLlamaError when a folder said to be tied has a head of its own: readers differ on which of the two counts."""
-    if HEAD in folder.names and not torch.equal(folder.tensor(HEAD), folder.tensor(EMBEDDING)):
+    if HEAD not in folder.names:
+        return
+    head, embedding = folder.tensor(HEAD), folder.tensor(EMBEDDING)
+    if head.dtype != embedding.dtype or not torch.equal(head, embedding):
         raise HyperLlamaError(
             f"{folder.path}: config.json says that the embeddings are tied, but {HEAD} differs from {EMBEDDING}: "
             "set tie_word_embeddings to false, or remove one of them"

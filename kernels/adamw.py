@@ -53,9 +53,10 @@ def _adamw_csrc(
 
 def _update(*inputs: Any) -> None:
     master, grad, m, v, weights = inputs[:5]
-    whole = all(t.is_contiguous() and t.dtype == torch.float32 for t in (master, grad, m, v))
-    plain = weights is None or (weights.is_contiguous() and weights.dtype == torch.bfloat16)
-    implementations = {"reference": adamw_reference} | ({"csrc": _adamw_csrc} if whole and plain else {})
+    fits = all(t.is_contiguous() and t.dtype == torch.float32 for t in (master, grad, m, v)) and (
+        weights is None or (weights.is_contiguous() and weights.dtype == torch.bfloat16)
+    )
+    implementations = {"reference": adamw_reference} | ({"csrc": _adamw_csrc} if fits else {})
     choose(implementations, master)(*inputs)
 
 

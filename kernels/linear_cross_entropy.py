@@ -9,7 +9,7 @@ on in chunks; when gradients are wanted they are made in the same pass, dz in pl
 torch's; between them one pass over the logits: C++ on a CPU.
 """
 
-from ctypes import c_float, c_int64
+from ctypes import byref, c_float, c_int, c_int64
 from typing import Any
 
 import torch
@@ -61,17 +61,17 @@ def _softmax_gradient_csrc(
     logits: Tensor, targets: Tensor, loss_weight: float, scale: float, valid_vocab: int | None, ignore_index: int,
     z_loss: float, gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    targets, threads = targets.contiguous(), torch.get_num_threads()
+    targets, wrong = targets.contiguous(), c_int(0)
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    wrong = torch.zeros(threads, dtype=torch.int64)
     if logits.numel():
         csrc("softmax_gradient")(
-            int(logits.dtype == torch.bfloat16), pointer(logits), pointer(targets), pointer(losses), pointer(wrong),
+            int(logits.dtype == torch.bfloat16), pointer(logits), pointer(targets), pointer(losses), byref(wrong),
             c_int64(logits.shape[0]), c_int64(logits.shape[1]), c_int64(valid_vocab or logits.shape[1]), c_int64(ignore_index),
-            c_float(scale), c_float(z_loss), c_float(loss_weight), int(gradient), threads,
+            c_float(scale), c_float(z_loss), c_float(loss_weight), int(gradient),
+            torch.get_num_threads(),
         )  # fmt: skip
-    if wrong.any():
-        raise IndexError(f"linear_cross_entropy: {int(wrong.sum())} targets are outside the {logits.shape[1]} columns")
+    if wrong.value:
+        raise IndexError(f"linear_cross_entropy: a target is outside the vocabulary of {logits.shape[1]} tokens")
     return losses, logits
 
 
@@ -80,7 +80,7 @@ def _softmax_gradient(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return choose(implementations, logits)(logits, *options)
 
 
-def _linear_cross_entropy_(
+def _forward_backward(
     x: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor, loss_weight: float, scale: float, valid_vocab: int | None,
     ignore_index: int, z_loss: float, chunk_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -103,7 +103,7 @@ def _functional(
     z_loss: float, chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dweight = torch.zeros(weight.shape, dtype=wide(weight.dtype), device=weight.device)
-    loss, dx = _linear_cross_entropy_(
+    loss, dx = _forward_backward(
         x, weight, targets, dweight, loss_weight, scale, valid_vocab, ignore_index, z_loss, chunk_bytes
     )
     return loss, dx, dweight
@@ -133,7 +133,7 @@ torch.library.register_autograd("hyperllama::linear_cross_entropy", _gradients, 
 _accumulate = define(
     "linear_cross_entropy_(Tensor x, Tensor weight, Tensor targets, Tensor(a!) dweight, "
     f"{_OPTIONS}) -> (Tensor, Tensor)",
-    _linear_cross_entropy_,
+    _forward_backward,
     lambda x, weight, targets, dweight, *options: (
         x.new_empty((), dtype=wide(x.dtype)),
         torch.empty_like(x, memory_format=torch.contiguous_format),

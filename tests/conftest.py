@@ -1,7 +1,9 @@
-"""The same threads and the same random numbers for every test."""
+"""The same threads and the same random numbers for every test, and what several of them read."""
 
 import pytest
 import torch
+
+from tests.study import make_study
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -10,3 +12,9 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 def seeded():
     """Tests draw from one seed, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """Text, a tokenizer and shards: to be read, never written."""
+    return make_study(tmp_path_factory.mktemp("study"))

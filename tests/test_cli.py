@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hyperllama import __version__, cli
 from hyperllama.data.tokenizer import train_tokenizer
-from tests.study import SEQ_LEN, make_study, settings
+from tests.study import SEQ_LEN, settings
 
 
 class Outcome:
@@ -63,11 +63,6 @@ def refuse(run, tmp_path):
 
 def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    return make_study(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(scope="module")

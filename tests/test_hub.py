@@ -123,6 +123,11 @@ def test_a_tied_table_written_twice_is_read_once(tmp_path):
     tensors = load_file(path / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path / "model.safetensors")
     assert torch.equal(read(path, torch.float32).arena.weights, model.arena.weights)
+    other = tensors["model.embed_tokens.weight"]
+    for head in (other + 1, other.bfloat16()):
+        save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors")
+        with pytest.raises(HyperLlamaError, match=r"model: config\.json says that the embeddings are tied"):
+            read(path, torch.float32)
 
 
 def test_an_existing_folder_is_kept_unless_it_may_be_overwritten(tmp_path):

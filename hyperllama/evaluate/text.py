@@ -1,6 +1,6 @@
 """How well a model predicts text, in units that don't depend on its tokenizer.
 
-    bits per byte = nll / ln 2 / UTF-8 bytes of the text          perplexity = exp(nll / tokens)
+    bits per byte = nll / ln 2 / UTF-8 bytes of the text          perplexity = exp(nll / tokens), None past fp64
 
 nll is the sum over the tokens of all documents, each document alone: see score.py.
 """

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -16,8 +15,9 @@ from hyperllama.config import (
     read_yaml,
     validated,
 )
-from hyperllama.errors import HyperLlamaError
+from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.flops import growth_quantum
+from hyperllama.merge.methods import METHODS
 
 
 class SampleSettings(Settings):
@@ -53,19 +53,20 @@ class ExperimentConfig(Settings):
     replay: float = Field(0.1, gt=0, lt=1, description="share of base-language windows in an adaptation")
     factor: int = Field(2, ge=2)
     noise_db: float | None = Field(10.0, description="growth noise; null: none, and a clone stays symmetric")
-    merge_methods: list[Literal["linear", "task_arithmetic", "ties"]] = Field(
-        ["linear", "task_arithmetic", "ties"], min_length=1
-    )
+    merge_methods: list[str] = Field(["linear", "task_arithmetic", "ties"], min_length=1)
     density: float = Field(0.5, gt=0, le=1, description="of ties")
     dev_bytes: int = Field(10**9, gt=0, description="development text read per language")
     dev_pairs: int = Field(10**9, gt=0, description="minimal pairs read per language")
 
     @model_validator(mode="after")
-    def _one_corpus(self) -> "ExperimentConfig":
+    def _consistent(self) -> "ExperimentConfig":
         if (self.sample is None) == (self.corpus is None):
             raise ValueError("give either sample (built-in text) or corpus (a folder), not both or none")
         if self.base_language in self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError("targets must be different languages, the base language not among them")
+        for method in self.merge_methods:
+            if method not in METHODS:
+                raise ValueError(f"merge_methods: {method!r} is unknown; {nearest(method, METHODS)}")
         if len(set(self.merge_methods)) < len(self.merge_methods):
             raise ValueError("merge_methods must be different")
         return self

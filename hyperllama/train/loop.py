@@ -53,10 +53,8 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
     model = Llama(plan.model, arena, backend=config.attention)
     step, ledger, counts, earlier = _start(plan, model, mine.device)
     lr, at = torch.zeros((), device=mine.device), torch.zeros((), dtype=torch.int64, device=mine.device)
-    causal, peak = (
-        window_flops(plan.model, seq_len, "causal"),
-        peak_flops(device_name(mine.device), mine.world, plan.dtype),
-    )
+    causal = window_flops(plan.model, seq_len, "causal")
+    peak = peak_flops(device_name(mine.device), mine.world, plan.dtype)
     metrics = Metrics(out / "metrics.jsonl", step, write=mine.is_main)
     began = time.perf_counter()
     windows = counted = logged = step * config.global_batch
@@ -265,5 +263,7 @@ class _StopRequest:
 
     def agreed(self, mine: Processes) -> bool:
         """Whether any process got a signal; then all of them have it."""
-        self.signal = mine.largest_int(self.signal)
-        return self.signal != 0
+        found = mine.largest_int(self.signal)
+        if found:  # never written otherwise: a signal may have come since it was read
+            self.signal = found
+        return found != 0

@@ -155,7 +155,7 @@ def test_another_recipe_is_refused_in_the_same_folder(study):
         ({"sample": None}, "either sample"),
         ({"targets": ["eng"]}, "targets must be different languages"),
         ({"adapt_tokens": 40}, "adapt_tokens is 40, but budgets that all arms share are multiples of"),
-        ({"merge_methods": ["lineer"]}, "merge_methods.0"),
+        ({"merge_methods": ["lineer"]}, "merge_methods: 'lineer' is unknown; did you mean 'linear'"),
         ({"merge_method": []}, "unknown key merge_method; did you mean 'merge_methods'"),
         ({"sample": None, "corpus": "nowhere"}, "text/eng has no train.jsonl"),
     ],

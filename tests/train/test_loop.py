@@ -19,17 +19,12 @@ from hyperllama.data.loader import Loader
 from hyperllama.errors import HyperLlamaError
 from hyperllama.flops import window_flops
 from hyperllama.hub import model_config, open_folder
-from hyperllama.train.loop import train
+from hyperllama.train.loop import _StopRequest, train
 from hyperllama.train.plan import make_plan
 from hyperllama.train.schedule import lr_ratio
-from tests.study import SEQ_LEN, make_study, run_config, settings
+from tests.study import SEQ_LEN, run_config, settings
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    return make_study(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +115,18 @@ def test_ctrl_c_saves_and_leaves_with_130(study, tmp_path):
     assert process.returncode == 130 and "the same command goes on from there" in errors and "Traceback" not in errors
     state = json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())
     assert state["step"] == len(metrics(out))
+
+
+def test_a_signal_that_comes_while_processes_ask_each_other_is_kept():
+    request = _StopRequest()
+
+    class Asking:
+        def largest_int(self, value):
+            request._note(signal.SIGINT, None)
+            return value
+
+    assert not request.agreed(Asking())
+    assert request.signal == signal.SIGINT
 
 
 def test_two_processes_give_the_losses_of_one(study, undisturbed, tmp_path):
