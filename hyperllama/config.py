@@ -211,7 +211,7 @@ class RunConfig(Settings):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="weights and activations; masters and moments are fp32"
     )
-    attention: Literal["auto", "sdpa", "reference"] = "auto"
+    attention: Literal["auto", "csrc", "sdpa", "reference"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
 

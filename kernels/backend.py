@@ -89,9 +89,12 @@ def library() -> ctypes.CDLL | None:
 
     torch is imported before it is loaded, so that both use the one OpenMP runtime that torch brings.
     """
-    level = {"AVX512": "v4", "AVX2": "v3"}.get(torch.backends.cpu.get_cpu_capability(), "base")
+    capability = torch.backends.cpu.get_cpu_capability()  # what the CPU has, or less where ATEN_CPU_CAPABILITY says so
+    names = {"AVX512": ["v4", "v3", "base"], "AVX2": ["v3", "base"]}.get(capability, ["base"])
+    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        names = ["v4_bf16", *names]
     for folder in _library_folders():
-        for name in dict.fromkeys((level, "base")):
+        for name in names:
             if (folder / f"hyperllama_{name}.so").is_file():
                 return ctypes.CDLL(str(folder / f"hyperllama_{name}.so"))
     logging.getLogger("hyperllama").warning("hyperllama was installed without a C++ compiler: CPU ops use plain torch")

@@ -18,3 +18,11 @@ def seeded():
 def study(tmp_path_factory):
     """Text, a tokenizer and shards: to be read, never written."""
     return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture
+def number_of_threads():
+    """torch.set_num_threads, set back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,440 @@
+// Causal attention: see kernels/attention.py for the formulas. A task is a part of the queries that share one kv head in one
+// document; it packs their keys and values once, for products by a register tile.
+//
+// Operands are held in 32-bit units along the summed dimension: an fp32 number, or a pair of bf16 where the CPU multiplies pairs.
+// Keys and values as "columns" are [panel][unit of h][key in panel], what scores read; as "rows" [unit of keys][h], what sums over
+// keys read. Scores and sums are fp32; the softmax sees whole rows, so no running maximum is corrected.
+#include "common.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace hyperllama {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTile = 8;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTile = 6;
+#else
+constexpr int kLanes = 4, kTile = 6;
+#endif
+constexpr int64_t kPanel = 2 * kLanes;     // columns of a register tile of kTile rows
+constexpr int64_t kQueries = 8 * kTile;    // queries worked on at a time
+constexpr int64_t kKeys = kTile == 8 ? 256 : 240;  // keys at a time in the backward; also what keys are padded to
+constexpr int64_t kWhole = kTile == 8 ? kPanel : 3 * kPanel;  // whole panels and whole tiles
+static_assert(kKeys % kQueries % kTile == 0 && kKeys % kWhole == 0 && kWhole % kTile == 0 && kQueries % 2 == 0, "blocks are whole tiles");
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+struct __attribute__((may_alias)) Pair {
+    uint32_t bits;
+};
+template <class U>
+constexpr int64_t kNumbers = 1;
+template <>
+constexpr int64_t kNumbers<Pair> = 2;
+
+inline Vector multiply_add(Vector sum, float a, const float* b) { return sum + a * *(const Vector*)b; }
+
+// Numbers `column` and on of a row of units; the same for two rows, as one row of units that hold both.
+inline void put(float* row, int64_t column, Vector x) { *(Vector*)(row + column) = x; }
+inline void put_rows(float*, int64_t, Vector, Vector) {}  // an fp32 unit holds one row: it is there already
+
+#ifdef __AVX512BF16__
+inline Vector multiply_add(Vector sum, Pair a, const Pair* b) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a.bits)), (__m512bh)_mm512_loadu_si512(b));
+}
+
+inline __m256i narrow(Vector x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+inline void put(Pair* row, int64_t column, Vector x) { _mm256_storeu_si256((__m256i*)((char*)row + 2 * column), narrow(x)); }
+inline void put_rows(Pair* row, int64_t column, Vector x, Vector y) {
+    const __m512i low = _mm512_cvtepu16_epi32(narrow(x)), high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(y)), 16);
+    _mm512_storeu_si512(row + column, _mm512_or_si512(low, high));
+}
+#endif
+
+// C[R rows][V vectors] (+)= sum over `units` of A[row * ra + unit * ca] * B[unit * rb + column]. The sum starts at 0, also when it is
+// added to C: short chains of rounding.
+template <int R, int V, class U>
+inline void tile(int64_t units, const U* a, int64_t ra, int64_t ca, const U* b, int64_t rb, float* c, int64_t rc, bool add) {
+    Vector sum[R][V];
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < V; j++) sum[i][j] = Vector{};
+    for (int64_t k = 0; k < units; k++)
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < V; j++) sum[i][j] = multiply_add(sum[i][j], a[i * ra + k * ca], b + k * rb + j * kLanes);
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < V; j++) {
+            Vector* to = (Vector*)(c + i * rc + j * kLanes);
+            *to = add ? *to + sum[i][j] : sum[i][j];
+        }
+}
+
+// A tile as wide as a head: `head` is a multiple of the lanes.
+template <class U>
+inline void wide_tile(int64_t units, const U* a, int64_t ra, int64_t ca, const U* b, int64_t head, float* c, bool add) {
+    int64_t d = 0;
+    for (; d + kPanel <= head; d += kPanel) tile<kTile, 2>(units, a, ra, ca, b + d, head, c + d, head, add);
+    if (d < head) tile<kTile, 1>(units, a, ra, ca, b + d, head, c + d, head, add);
+}
+
+inline Vector larger(Vector a, Vector b) { return a < b ? b : a; }
+
+// e^x for x <= 0 (and what rounding makes of it); below 2^-126 it is 0. NaN stays NaN. The polynomial's relative error is 2e-9, or
+// 8e-5 where the result is rounded to bf16.
+template <class U>
+inline Vector exponential(Vector x) {
+    constexpr float magic = 12582912.0f + 127, log2_e = 1.44269504f;  // the sum's last bits are the exponent of 2^round(x log2 e)
+    x = x < -88.1f ? Vector{} - 88.1f : x;                            // whose exponent is that of 0
+    Vector sum = x * log2_e + magic, f = x * log2_e - (sum - magic), p;
+    if (kNumbers<U> == 2)
+        p = ((0.05517166853f * f + 0.242611140f) * f + 0.69326096773f) * f + 0.9999280572f;
+    else
+        p = (((((1.5345812426e-4f * f + 1.3399930904e-3f) * f + 9.6184890717e-3f) * f + 5.5503286421e-2f) * f + 0.24022646248f) * f +
+             0.69314718246f) * f + 1.0f;
+    return p * (Vector)((Integers)sum << 23);
+}
+
+template <int Lanes = kLanes / 2, class F>
+inline float reduce(Vector v, F f) {
+    Integers turned;
+    for (int i = 0; i < kLanes; i++) turned[i] = (i + Lanes) % kLanes;
+    v = f(v, __builtin_shuffle(v, turned));
+    if constexpr (Lanes > 1)
+        return reduce<Lanes / 2>(v, f);
+    else
+        return v[0];
+}
+
+constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+inline uint32_t bits_of(const bf16* p) { return p->bits; }
+inline uint32_t bits_of(const float*) { return 0; }  // pairs are made of bf16 only
+
+template <class T>
+inline void unit(const T* first, const T*, float* out) { *out = load(first); }
+template <class T>
+inline void unit(const T* first, const T* second, Pair* out) { out->bits = bits_of(first) | bits_of(second) << 16; }
+
+// (rows, head) at `stride` as [row][unit of head]; rows from `rows` to `padded` are 0.
+template <class T, class U>
+static void pack_left(const T* x, int64_t stride, int64_t rows, int64_t padded, int64_t head, U* out) {
+    const int64_t units = head / kNumbers<U>;
+    for (int64_t r = 0; r < rows; r++) {
+        const T* in = x + r * stride;
+#pragma omp simd
+        for (int64_t u = 0; u < units; u++) unit(in + u * kNumbers<U>, in + (u + 1) * kNumbers<U> - 1, out + r * units + u);
+    }
+    std::memset(static_cast<void*>(out + rows * units), 0, (padded - rows) * units * sizeof(U));
+}
+
+template <class T, class U>
+static void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t padded, int64_t head, U* out) {
+    const int64_t units = head / kNumbers<U>;
+    for (int64_t first = 0; first < padded; first += kPanel) {
+        const int64_t count = std::max<int64_t>(0, std::min(rows - first, kPanel));
+        U* panel = out + first * units;
+        if (count < kPanel) std::memset(static_cast<void*>(panel), 0, kPanel * units * sizeof(U));
+        const T* in = x + first * stride;
+        for (int64_t u = 0; u < units; u++)
+            for (int64_t r = 0; r < count; r++)
+                unit(in + r * stride + u * kNumbers<U>, in + r * stride + (u + 1) * kNumbers<U> - 1, panel + u * kPanel + r);
+    }
+}
+
+template <class T, class U>
+static void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t padded, int64_t head, U* out) {
+    static const T zeros[1024] = {};
+    for (int64_t r = 0; r < padded; r += kNumbers<U>, out += head) {
+        const int64_t other = r + kNumbers<U> - 1;
+        const T *first = r < rows ? x + r * stride : zeros, *second = other < rows ? x + other * stride : zeros;
+#pragma omp simd
+        for (int64_t d = 0; d < head; d++) unit(first + d, second + d, out + d);
+    }
+}
+
+struct Task {
+    int64_t start, length, kv, part, parts;  // first token, tokens; kv head; which of the parts of its blocks of queries
+};
+
+struct Problem {
+    int64_t seq_len, heads, kv_heads, head, threads;
+    float scale;
+    int64_t width() const { return (heads + 2 * kv_heads) * head; }
+    int64_t group() const { return heads / kv_heads; }
+    int64_t at(int64_t token, int64_t j) const {  // (B, n, T): where the log-sum-exp of head j is
+        return (token / seq_len * heads + j) * seq_len + token % seq_len;
+    }
+    // calls f(first query, query head) for every block of the task's part: in turns, so that parts do about the same work
+    template <class F>
+    void blocks(const Task& task, F f) const {
+        int64_t turn = 0;
+        for (int64_t m = 0; m < task.length; m += kQueries)
+            for (int64_t j = task.kv * group(); j < (task.kv + 1) * group(); j++)
+                if (turn++ % task.parts == task.part) f(m, j);
+    }
+};
+
+// Scratch of one thread, kept from call to call.
+static float* scratch(int64_t floats) {
+    static thread_local std::vector<float> memory;
+    if (int64_t(memory.size()) < floats + 16) memory.resize(floats + 16);
+    return reinterpret_cast<float*>(up_to(reinterpret_cast<uintptr_t>(memory.data()), 64));
+}
+
+template <class T, class U>
+static void forward(const Problem& p, const Task& task, const T* qkv, T* out, float* lse) {
+    const int64_t h = p.head, n = kNumbers<U>, units = h / n, stride = p.width(), padded = up_to(task.length, kKeys);
+    const int64_t line = padded + kLanes;  // of scores: not a multiple of the page
+    float* memory = scratch(2 * padded * units + kQueries * (2 * line + units + h));
+    U *keys = (U*)memory, *values = keys + padded * units, *queries = values + padded * units;
+    float *scores = (float*)(queries + kQueries * units), *sums = scores + kQueries * line;
+    U* shares = (U*)(sums + kQueries * h);
+    if (n == 1) shares = (U*)scores;
+    const T* token = qkv + task.start * stride;
+    pack_columns(token + (p.heads + task.kv) * h, stride, task.length, padded, h, keys);
+    pack_rows(token + (p.heads + p.kv_heads + task.kv) * h, stride, task.length, padded, h, values);
+    p.blocks(task, [&](int64_t m, int64_t j) {
+        const int64_t rows = std::min(kQueries, task.length - m);
+        pack_left(token + m * stride + j * h, stride, rows, kQueries, h, queries);
+        for (int64_t c = 0; c < m + rows; c += kPanel)
+            for (int64_t r = std::max<int64_t>(0, (c - m) / kTile * kTile); r < rows; r += kTile)
+                tile<kTile, 2>(units, queries + r * units, units, 1, keys + c * units, kPanel, scores + r * line + c, line, false);
+        float inverse[kQueries];
+        for (int64_t r = 0; r < kQueries; r++) {
+            float* row = scores + r * line;
+            const int64_t seen = r < rows ? m + r + 1 : 0, whole = up_to(seen, kLanes);
+            for (int64_t c = seen; c < whole; c++) row[c] = -std::numeric_limits<float>::infinity();
+            Vector most = Vector{} - std::numeric_limits<float>::infinity(), total{};
+            for (int64_t c = 0; c < seen; c += kLanes) most = larger(*(Vector*)(row + c), most);
+            const float peak = reduce(most, larger), shift = seen ? peak * p.scale : 0;
+            for (int64_t c = 0; c < seen; c += kLanes) {
+                Vector x = exponential<U>(*(Vector*)(row + c) * p.scale - shift);
+                total += x;
+                put(shares + r * (line / n), c, x);
+            }
+            // a tile of rows reads as much of this one as of its last
+            for (int64_t c = whole; c < m + r / kTile * kTile + kTile; c += kLanes) put(shares + r * (line / n), c, Vector{});
+            const float sum = reduce(total, [](Vector a, Vector b) { return a + b; });
+            inverse[r] = 1 / sum;
+            if (r < rows) lse[p.at(task.start + m + r, j)] = shift + std::log(sum);
+        }
+        for (int64_t r = 0; r < rows; r += kTile)
+            wide_tile((m + r + kTile + n - 1) / n, shares + r * (line / n), line / n, 1, values, h, sums + r * h, false);
+        for (int64_t r = 0; r < rows; r++) {
+            T* to = out + ((task.start + m + r) * p.heads + j) * h;
+#pragma omp simd
+            for (int64_t d = 0; d < h; d++) store(to + d, sums[r * h + d] * inverse[r]);
+        }
+    });
+}
+
+// Gradients of a task's keys and values go to `dkeys` and `dvalues` (padded length, h), which are zeros before; of its queries to dqkv.
+template <class T, class U>
+static void backward(const Problem& p, const Task& task, const T* dy, const T* qkv, const T* out, const float* lse, T* dqkv,
+                     float* dkeys, float* dvalues) {
+    const int64_t h = p.head, n = kNumbers<U>, units = h / n, stride = p.width(), padded = up_to(task.length, kKeys);
+    const int64_t line = kKeys + kLanes, wide = p.heads * h;
+    float* memory = scratch(3 * padded * units + kQueries * (4 * units + 4 * line + h));
+    U *key_columns = (U*)memory, *value_columns = key_columns + padded * units, *key_rows = value_columns + padded * units;
+    U *queries = key_rows + padded * units, *grads = queries + kQueries * units;          // [query][unit of h]
+    U *query_rows = grads + kQueries * units, *grad_rows = query_rows + kQueries * units;  // [unit of queries][h]
+    float *shares = (float*)(grad_rows + kQueries * units), *scores = shares + kQueries * line, *dqueries = scores + kQueries * line;
+    // what sums over queries read, [unit of queries][key], and what the sum over keys reads, [query][unit of keys]
+    U *shares_by_query = (U*)shares, *scores_by_query = (U*)scores, *by_key = (U*)scores;
+    if (n == 2) {
+        shares_by_query = (U*)(dqueries + kQueries * h);
+        scores_by_query = shares_by_query + kQueries / 2 * line;
+        by_key = scores_by_query + kQueries / 2 * line;
+    }
+    const int64_t key_line = line / n;
+    const T *token = qkv + task.start * stride, *gradient = dy + task.start * wide, *result = out + task.start * wide;
+    pack_columns(token + (p.heads + task.kv) * h, stride, task.length, padded, h, key_columns);
+    pack_columns(token + (p.heads + p.kv_heads + task.kv) * h, stride, task.length, padded, h, value_columns);
+    pack_rows(token + (p.heads + task.kv) * h, stride, task.length, padded, h, key_rows);
+    p.blocks(task, [&](int64_t m, int64_t j) {
+        const int64_t rows = std::min(kQueries, task.length - m);
+        pack_left(token + m * stride + j * h, stride, rows, kQueries, h, queries);
+        pack_left(gradient + m * wide + j * h, wide, rows, kQueries, h, grads);
+        pack_rows(token + m * stride + j * h, stride, rows, kQueries, h, query_rows);
+        pack_rows(gradient + m * wide + j * h, wide, rows, kQueries, h, grad_rows);
+        std::memset(dqueries, 0, kQueries * h * sizeof(float));
+        float inner[kQueries], shift[kQueries];
+        for (int64_t r = 0; r < rows; r++) {
+            const T *a = gradient + (m + r) * wide + j * h, *b = result + (m + r) * wide + j * h;
+            float dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t d = 0; d < h; d++) dot += load(a + d) * load(b + d);
+            inner[r] = dot;
+            shift[r] = lse[p.at(task.start + m + r, j)];
+        }
+        for (int64_t k = 0; k < m + rows; k += kKeys) {
+            const int64_t columns = std::min(kKeys, up_to(m + rows - k, kWhole));
+            for (int64_t c = 0; c < columns && c + k < m + rows; c += kPanel)
+                for (int64_t r = std::max<int64_t>(0, (k + c - m) / kTile * kTile); r < rows; r += kTile) {
+                    const int64_t at = r * line + c;
+                    tile<kTile, 2>(units, queries + r * units, units, 1, key_columns + (k + c) * units, kPanel, shares + at, line, false);
+                    tile<kTile, 2>(units, grads + r * units, units, 1, value_columns + (k + c) * units, kPanel, scores + at, line, false);
+                }
+            for (int64_t r = 0; r < kQueries; r++) {
+                float *share = shares + r * line, *score = scores + r * line;
+                const int64_t seen = r < rows ? std::max<int64_t>(0, std::min(columns, m + r + 1 - k)) : 0;
+                int64_t c = 0;
+                for (; c < seen; c += kLanes) {
+                    Vector x = exponential<U>(*(Vector*)(share + c) * p.scale - shift[r]);
+                    Vector y = x * (*(Vector*)(score + c) - inner[r]);
+                    *(Vector*)(share + c) = x;
+                    *(Vector*)(score + c) = y;
+                }
+                for (int64_t hidden = seen; hidden < c; hidden++) share[hidden] = score[hidden] = 0;
+                for (; c < columns; c += kLanes) *(Vector*)(share + c) = *(Vector*)(score + c) = Vector{};
+            }
+            if (n == 2)
+                for (int64_t r = 0; r < kQueries; r += 2)
+                    for (int64_t c = 0; c < columns; c += kLanes) {
+                        const Vector x = *(Vector*)(shares + r * line + c), next_x = *(Vector*)(shares + (r + 1) * line + c);
+                        const Vector y = *(Vector*)(scores + r * line + c), next_y = *(Vector*)(scores + (r + 1) * line + c);
+                        put_rows(shares_by_query + r / 2 * line, c, x, next_x);
+                        put_rows(scores_by_query + r / 2 * line, c, y, next_y);
+                        put(by_key + r * key_line, c, y);
+                        put(by_key + (r + 1) * key_line, c, next_y);
+                    }
+            for (int64_t c = 0; c < columns; c += kTile) {
+                const int64_t first = std::max<int64_t>(0, k + c - m) / n;  // earlier queries don't see these keys
+                const int64_t left = first * line + c, right = first * h, to = (k + c) * h;
+                if (first * n >= rows) break;
+                wide_tile(kQueries / n - first, shares_by_query + left, 1, line, grad_rows + right, h, dvalues + to, true);
+                wide_tile(kQueries / n - first, scores_by_query + left, 1, line, query_rows + right, h, dkeys + to, true);
+            }
+            for (int64_t r = 0; r < rows; r += kTile) {
+                const int64_t seen = std::min(columns, m + r + kTile - k);
+                if (seen > 0)
+                    wide_tile((seen + n - 1) / n, by_key + r * key_line, key_line, 1, key_rows + k * units, h, dqueries + r * h, true);
+            }
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            T* to = dqkv + (task.start + m + r) * stride + j * h;
+#pragma omp simd
+            for (int64_t d = 0; d < h; d++) store(to + d, dqueries[r * h + d] * p.scale);
+        }
+    });
+}
+
+// Tasks of all documents: a document is cut where it is so much of the work that threads would wait for each other.
+static std::vector<Task> tasks_of(const Problem& p, const int32_t* borders, int64_t documents) {
+    std::vector<Task> tasks;
+    double all = 0;
+    for (int64_t i = 0; i < documents; i++) {
+        const double length = borders ? borders[i + 1] - borders[i] : p.seq_len;
+        all += length * length * double(p.kv_heads);
+    }
+    for (int64_t i = 0; i < documents; i++) {
+        const int64_t start = borders ? borders[i] : i * p.seq_len, length = borders ? borders[i + 1] - borders[i] : p.seq_len;
+        int64_t parts = std::max<int64_t>(1, int64_t(4 * p.threads * double(length) * double(length) / all));
+        if (parts > 1) parts = up_to(parts, p.threads);
+        parts = std::min(parts, up_to(length, kQueries) / kQueries * p.group());
+        for (int64_t kv = 0; kv < p.kv_heads && length; kv++)
+            for (int64_t part = 0; part < parts; part++) tasks.push_back({start, length, kv, part, parts});
+    }
+    return tasks;
+}
+
+template <class F>
+static void each(int64_t count, int threads, F f) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count; i++) f(i);
+}
+
+template <class T, class U>
+static void attention(const Problem& p, const std::vector<Task>& tasks, const T* qkv, T* out, float* lse) {
+    each(int64_t(tasks.size()), int(p.threads), [&](int64_t i) { forward<T, U>(p, tasks[i], qkv, out, lse); });
+}
+
+// Parts of one document and kv head follow each other in `tasks`; each sums into memory of its own, and they are added in order.
+template <class T, class U>
+static void attention_backward(const Problem& p, const std::vector<Task>& tasks, const T* dy, const T* qkv, const T* out,
+                               const float* lse, T* dqkv) {
+    const int64_t h = p.head;
+    std::vector<std::vector<float>> sums(tasks.size());
+    auto finish = [&](size_t first) {
+        const Task& task = tasks[first];
+        const int64_t half = up_to(task.length, kKeys) * h;
+        for (int64_t part = 1; part < task.parts; part++) {
+            float *total = sums[first].data(), *more = sums[first + part].data();
+#pragma omp simd
+            for (int64_t i = 0; i < 2 * half; i++) total[i] += more[i];
+        }
+        for (int64_t t = 0; t < task.length; t++) {
+            const float *key = sums[first].data() + t * h, *value = key + half;
+            T *dkey = dqkv + (task.start + t) * p.width() + (p.heads + task.kv) * h, *dvalue = dkey + p.kv_heads * h;
+#pragma omp simd
+            for (int64_t d = 0; d < h; d++) {
+                store(dkey + d, key[d] * p.scale);
+                store(dvalue + d, value[d]);
+            }
+        }
+        for (int64_t part = 0; part < task.parts; part++) std::vector<float>().swap(sums[first + part]);
+    };
+    each(int64_t(tasks.size()), int(p.threads), [&](int64_t i) {
+        const int64_t half = up_to(tasks[i].length, kKeys) * h;
+        sums[i].assign(2 * half, 0.0f);
+        backward<T, U>(p, tasks[i], dy, qkv, out, lse, dqkv, sums[i].data(), sums[i].data() + half);
+        if (tasks[i].parts == 1) finish(i);
+    });
+    each(int64_t(tasks.size()), int(p.threads), [&](int64_t i) {
+        if (tasks[i].parts > 1 && tasks[i].part == 0) finish(i);
+    });
+}
+
+// False when the borders don't go from 0 to the number of tokens, upwards.
+static bool fit(const int32_t* borders, int64_t documents, int64_t tokens) {
+    if (!borders) return true;
+    if (documents < 1 || borders[0] != 0 || borders[documents] != tokens) return false;
+    for (int64_t i = 0; i < documents; i++)
+        if (borders[i] > borders[i + 1]) return false;
+    return true;
+}
+
+#ifdef __AVX512BF16__
+using Bf16Unit = Pair;
+#else
+using Bf16Unit = float;
+#endif
+
+}  // namespace hyperllama
+
+using namespace hyperllama;
+
+// qkv: (batch * seq_len, (heads + 2 kv_heads) head), out: (batch * seq_len, heads * head), lse: (batch, heads, seq_len).
+// Returns whether cu_seqlens (null: every window is a document) was usable; nothing is written otherwise.
+HYPERLLAMA_API int hyperllama_attention(int is_bf16, const void* qkv, void* out, float* lse, int64_t batch, int64_t seq_len,
+                                        int64_t heads, int64_t kv_heads, int64_t head, float scale, const int32_t* cu_seqlens,
+                                        int64_t documents, int threads) {
+    const Problem p{seq_len, heads, kv_heads, head, threads, scale};
+    if (!fit(cu_seqlens, documents, batch * seq_len)) return 0;
+    const auto tasks = tasks_of(p, cu_seqlens, cu_seqlens ? documents : batch);
+    if (is_bf16)
+        attention<bf16, Bf16Unit>(p, tasks, (const bf16*)qkv, (bf16*)out, lse);
+    else
+        attention<float, float>(p, tasks, (const float*)qkv, (float*)out, lse);
+    return 1;
+}
+
+HYPERLLAMA_API int hyperllama_attention_backward(int is_bf16, const void* dy, const void* qkv, const void* out, const float* lse,
+                                                 void* dqkv, int64_t batch, int64_t seq_len, int64_t heads, int64_t kv_heads,
+                                                 int64_t head, float scale, const int32_t* cu_seqlens, int64_t documents,
+                                                 int threads) {
+    const Problem p{seq_len, heads, kv_heads, head, threads, scale};
+    if (!fit(cu_seqlens, documents, batch * seq_len)) return 0;
+    const auto tasks = tasks_of(p, cu_seqlens, cu_seqlens ? documents : batch);
+    if (is_bf16)
+        attention_backward<bf16, Bf16Unit>(p, tasks, (const bf16*)dy, (const bf16*)qkv, (const bf16*)out, lse, (bf16*)dqkv);
+    else
+        attention_backward<float, float>(p, tasks, (const float*)dy, (const float*)qkv, (const float*)out, lse, (float*)dqkv);
+    return 1;
+}
