@@ -2,13 +2,15 @@
 
     norm = sqrt(sum g^2)         fp64 partial sums, rounded once to the dtype of g
 
-grad: flat fp32 (fp64). Reference only.
+grad: flat fp32 (fp64). CPU: C++.
 """
+
+from ctypes import c_double, c_int64
 
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import define
+from hyperllama.kernels.backend import choose, csrc, define, pointer
 
 CHUNK = 1 << 20  # elements converted to fp64 at a time
 
@@ -21,4 +23,15 @@ def grad_norm_reference(grad: Tensor) -> Tensor:
     return total.sqrt().to(grad.dtype)
 
 
-grad_norm = define("grad_norm(Tensor grad) -> Tensor", grad_norm_reference, lambda grad: grad.new_empty(()))
+def _grad_norm_csrc(grad: Tensor) -> Tensor:
+    function = csrc("grad_norm")
+    function.restype = c_double
+    return torch.tensor(function(pointer(grad), c_int64(grad.numel()), torch.get_num_threads()), dtype=grad.dtype)
+
+
+def _run(grad: Tensor) -> Tensor:
+    fits = grad.dtype == torch.float32 and grad.is_contiguous()
+    return choose({"reference": grad_norm_reference} | ({"csrc": _grad_norm_csrc} if fits else {}), grad)(grad)
+
+
+grad_norm = define("grad_norm(Tensor grad) -> Tensor", _run, lambda grad: grad.new_empty(()))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from hyperllama.kernels.embedding import embedding
+from hyperllama.kernels.backend import use
+from hyperllama.kernels.embedding import embedding, embedding_backward_
 from tests.kernels.truth import DTYPES, check_compiled
 
 IDS = torch.tensor([[0, 1, 1], [9, 0, 1]])
@@ -39,6 +40,28 @@ def test_the_gradient_has_the_same_bits_every_time():
         grads.append(torch.zeros(5, 16))
         embedding(ids, torch.randn(5, 16, requires_grad=True), main_grad=grads[-1]).backward(dy)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (300, 17), (50, 576), (1, 33)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_csrc_adds_in_the_order_of_the_reference(shape, dtype, number_of_threads):
+    (vocab, cols), count = shape, 400
+    ids, dy = torch.randint(vocab, (1, count)), torch.randn(1, count, cols + 1).to(dtype)[..., 1:]
+    start, results = torch.randn(vocab * cols + 1)[1:].view(vocab, cols), []  # unaligned
+    for backend, threads in (("reference", 1), ("csrc", 1), ("csrc", 2), ("csrc", 3)):
+        number_of_threads(threads)
+        results.append(start.clone())
+        with use(backend):
+            embedding_backward_(results[-1], ids, dy)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_an_id_outside_the_vocabulary_is_named_and_nothing_is_written(wrong):
+    grad = torch.zeros(10, 4)
+    with pytest.raises(IndexError, match="outside the vocabulary of 10 tokens"), use("csrc"):
+        embedding_backward_(grad, torch.tensor([[1, wrong]]), torch.ones(1, 2, 4))
+    assert not grad.any()
 
 
 def test_no_tokens_no_gradient():

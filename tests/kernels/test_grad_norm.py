@@ -4,16 +4,20 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from hyperllama.kernels.backend import use
 from hyperllama.kernels.grad_norm import CHUNK, grad_norm
 
 
+@pytest.mark.parametrize("backend", ["reference", "csrc"])
 @pytest.mark.parametrize("size", [0, 1, 3 * CHUNK + 1])
-def test_it_is_exact_to_rounding(size):
-    grad = torch.randn(size)
-    norm = grad_norm(grad)
+def test_it_is_exact_to_rounding(size, backend, number_of_threads):
+    grad = torch.randn(size + 1)[1:]  # unaligned
+    with use(backend):
+        norm = grad_norm(grad)
+        number_of_threads(3)
+        assert torch.equal(norm, grad_norm(grad))
     assert norm.shape == () and norm.dtype == torch.float32
     torch.testing.assert_close(norm, grad.double().norm().float(), rtol=1e-7, atol=0)
-    assert torch.equal(norm, grad_norm(grad))
 
 
 def test_gradients_whose_squares_leave_fp32_keep_their_norm():
