@@ -1,0 +1,554 @@
+// merge: see kernels/merge.py for the formulas. Tensors of any mix of dtypes are read block by block as fp32 into L1. Sums have a
+// fixed order and nothing is fused (see CMakeLists.txt): the bits depend on the inputs alone, not on threads or instruction set.
+#include "common.h"
+#include "counter.h"
+
+#include <cmath>
+#include <memory>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace hyperllama {
+namespace {
+
+constexpr int64_t kBlock = 1024;             // elements; fp32 blocks of five models and their temporaries stay in L1
+constexpr int64_t kChunk = 64 * kBlock;      // elements of one fp64 partial sum
+constexpr int64_t kPastCaches = 8 << 20;     // bytes; a smaller output may well be read again from a cache
+constexpr int32_t kInfinity = 0x7F800000;    // as a magnitude; NaN is above
+constexpr int32_t kLargest = 0x7FFFFFFF;
+
+enum Dtype { kFloat32, kBfloat16, kFloat16 };
+
+struct Source {
+    const void* data;
+    int dtype;
+};
+
+template <class T>
+void widen(const T* from, int64_t n, float* to) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) to[j] = load(from + j);
+}
+
+// Elements [begin, begin + n) as fp32; the rest of the block is 0.
+void read(const Source& source, int64_t begin, int64_t n, float* block) {
+    if (source.dtype == kBfloat16) widen(static_cast<const bf16*>(source.data) + begin, n, block);
+    if (source.dtype == kFloat16) widen(static_cast<const fp16*>(source.data) + begin, n, block);
+    if (source.dtype == kFloat32) std::memcpy(block, static_cast<const float*>(source.data) + begin, n * sizeof(float));
+    std::fill(block + n, block + kBlock, 0.0f);
+}
+
+float element(const Source& source, int64_t j) {
+    if (source.dtype == kBfloat16) return load(static_cast<const bf16*>(source.data) + j);
+    if (source.dtype == kFloat16) return load(static_cast<const fp16*>(source.data) + j);
+    return static_cast<const float*>(source.data)[j];
+}
+
+template <class T>
+void narrow(const float* block, int64_t n, T* to, bool past_caches) {
+    alignas(64) T rounded[kBlock];
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) store(rounded + j, block[j]);
+    if (past_caches)
+        stream(to, rounded, n * int64_t(sizeof(T)));
+    else
+        std::memcpy(static_cast<void*>(to), rounded, n * sizeof(T));
+}
+
+void write(const float* block, int64_t n, void* out, int dtype, int64_t begin, bool past_caches) {
+    if (dtype == kBfloat16) narrow(block, n, static_cast<bf16*>(out) + begin, past_caches);
+    if (dtype == kFloat16) narrow(block, n, static_cast<fp16*>(out) + begin, past_caches);
+    if (dtype == kFloat32) narrow(block, n, static_cast<float*>(out) + begin, past_caches);
+}
+
+// The bits of |x|, which order magnitudes as integers, NaN last.
+inline int32_t magnitude(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits & kLargest;
+}
+
+// Calls f(block, begin, n) for the blocks [first, end) of `elements`.
+template <class F>
+void each_block(int64_t first, int64_t end, int64_t elements, F f) {
+    for (int64_t block = first; block < end; block++)
+        f(block, block * kBlock, std::min(kBlock, elements - block * kBlock));
+}
+
+struct Merge {
+    Source base;  // no data: zeros
+    const Source* models;
+    int64_t count, n;
+    int threads;
+
+    int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
+
+    void read_base(int64_t begin, int64_t m, float* block) const {
+        if (base.data)
+            read(base, begin, m, block);
+        else
+            std::fill(block, block + kBlock, 0.0f);
+    }
+};
+
+// ---- Which elements of a difference are kept ----
+
+enum Kept { kAll, kTop, kRandom };
+
+struct Trim {
+    Kept kept = kAll;
+    int32_t limit = 0;   // top: keep magnitudes above, and equal ones up to the flat index `last`; random: keep bits below
+    int64_t last = 0;
+    uint64_t key = 0;
+    float scale = 1;
+};
+
+// out = (x - b) * kept * scale. Dropping is a product: NaN and infinity stay visible.
+void trimmed(const float* x, const float* b, int64_t begin, int64_t n, const Trim& trim, float* out) {
+    const float scale = trim.scale;
+    if (trim.kept == kAll) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) out[j] = (x[j] - b[j]) * scale;
+    } else if (trim.kept == kRandom) {
+        const int32_t limit = trim.limit;
+        const uint64_t key = trim.key;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            out[j] = (x[j] - b[j]) * (int32_t(random_bits(key, uint64_t(begin + j))) < limit ? 1.0f : 0.0f) * scale;
+    } else {
+        const int64_t split = std::min(std::max<int64_t>(trim.last + 1 - begin, 0), n);
+        auto part = [&](int64_t from, int64_t to, int32_t least) {
+#pragma omp simd
+            for (int64_t j = from; j < to; j++) {
+                float d = x[j] - b[j];
+                out[j] = d * (magnitude(d) >= least ? 1.0f : 0.0f) * scale;
+            }
+        };
+        part(0, split, trim.limit);
+        part(split, n, trim.limit < kLargest ? trim.limit + 1 : kLargest);
+    }
+}
+
+// ---- The k-th largest magnitude ----
+
+constexpr int64_t kBins = 4096;
+
+// The k-th largest of keys in [low, high], by histograms of ever narrower ranges: histogram(low, high, shift, counts) counts the
+// keys in [low, high] by (key - low) >> shift. `k` becomes the key's place among its equals, `equal` their number.
+template <class F>
+int32_t kth_largest(int64_t& k, int64_t& equal, int32_t low, int32_t high, F histogram) {
+    std::vector<int64_t> counts(kBins);
+    for (;;) {
+        int shift = 0;
+        while ((int64_t(high) - low) >> shift >= kBins) shift++;
+        std::fill(counts.begin(), counts.end(), 0);
+        histogram(low, high, shift, counts.data());
+        int64_t bin = kBins - 1;
+        while (k > counts[bin]) k -= counts[bin--];
+        low += int32_t(bin << shift);
+        high = int32_t(std::min<int64_t>(high, int64_t(low) + (int64_t(1) << shift) - 1));
+        if (shift == 0) {
+            equal = counts[bin];
+            return low;
+        }
+    }
+}
+
+void count_keys(const int32_t* keys, int64_t n, int32_t low, int32_t high, int shift, int64_t* counts) {
+    for (int64_t j = 0; j < n; j++)
+        if (keys[j] >= low && keys[j] <= high) counts[(keys[j] - low) >> shift]++;
+}
+
+// Appends the keys strictly between low and high, in order; writes up to 16 places beyond them.
+int64_t collect(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* out) {
+    int32_t* end = out;
+    int64_t j = 0;
+#ifdef __AVX512F__
+    // compressed in a register and stored whole: compressing into memory is slow on Zen 4
+    const __m512i below = _mm512_set1_epi32(low), above = _mm512_set1_epi32(high);
+    for (; j + 16 <= n; j += 16) {
+        __m512i key = _mm512_loadu_si512(keys + j);
+        __mmask16 inside = _mm512_mask_cmplt_epi32_mask(_mm512_cmpgt_epi32_mask(key, below), key, above);
+        _mm512_storeu_si512(end, _mm512_maskz_compress_epi32(inside, key));
+        end += __builtin_popcount(inside);
+    }
+#endif
+    for (; j < n; j++) {
+        *end = keys[j];
+        end += keys[j] > low && keys[j] < high;
+    }
+    return end - out;
+}
+
+// Finds every model's trim by one pass over the tensors: a sample gives a bracket that nearly always holds the k-th magnitude; the
+// pass counts what is above and at its ends and collects what is inside. Whole groups of equals are at an end, not inside, where
+// they are large enough to matter. When the sample misled, histograms over the tensor find the same.
+class Tops {
+public:
+    Tops(const Merge& merge, const int64_t* kept, Trim* trims) : merge_(merge), kept_(kept), trims_(trims) {
+        for (int64_t i = 0; i < merge.count; i++) {
+            trims[i].kept = kTop;
+            trims[i].limit = kept[i] > 0 ? 0 : kLargest;  // that NaN is "kept" changes nothing: it stays visible anyway
+            trims[i].last = kept[i] > 0 ? merge.n : -1;
+            if (kept[i] > 0 && kept[i] < merge.n) active_.push_back(i);
+        }
+        if (active_.empty()) return;
+        brackets_.resize(merge.count);
+        sample();
+        count();
+        parallel(int64_t(active_.size()), kElementsPerThread, merge.threads, [&](int64_t begin, int64_t end, int) {
+            for (int64_t a = begin; a < end; a++) find(active_[a]);
+        });
+    }
+
+private:
+    struct Bracket {
+        int32_t low, high;
+    };
+    struct Counts {  // of one model's keys in one block
+        int32_t above, high, inside, low;
+    };
+    struct Part {  // of the blocks, done by one thread
+        int64_t begin = 0, end = 0, capacity = 0;
+        std::unique_ptr<int32_t[]> inside;   // (models, capacity)
+        std::vector<int64_t> used;           // (models,)
+        std::vector<char> full;              // (models,)
+    };
+
+    void keys(int64_t i, const float* base, int64_t begin, int64_t n, float* x, int32_t* key) const {
+        read(merge_.models[i], begin, n, x);
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) key[j] = magnitude(x[j] - base[j]);
+    }
+
+    void sample() {
+        const int64_t n = merge_.n, size = std::min<int64_t>(n, std::min<int64_t>(std::max<int64_t>(n / 256, 2048), 1 << 18));
+        std::vector<int32_t> keys(merge_.count * size);
+        parallel(size, merge_.count * 16, merge_.threads, [&](int64_t begin, int64_t end, int) {
+            for (int64_t s = begin; s < end; s++) {
+                const int64_t from = n / size * s + n % size * s / size, width = n / size;
+                const int64_t j = from + int64_t(random_bits(0, uint64_t(s))) % width;  // one of each stratum, off any period
+                const float base = element(merge_.base, j);
+                for (int64_t i : active_) keys[i * size + s] = magnitude(element(merge_.models[i], j) - base);
+            }
+        });
+        parallel(int64_t(active_.size()), size, merge_.threads, [&](int64_t begin, int64_t end, int) {
+            for (int64_t a = begin; a < end; a++) {
+                const int64_t i = active_[a];
+                int32_t *first = keys.data() + i * size, *last = first + size;
+                const double share = double(kept_[i]) / double(n), rank = share * double(size);
+                const double margin = 3.5 * std::sqrt(rank * (1 - share)) + 2;  // a miss in 2000 tensors, which costs time only
+                const int64_t upper = int64_t(rank - margin), lower = int64_t(rank + margin);
+                Bracket bracket{-1, kLargest};
+                if (lower < size) {
+                    std::nth_element(first, first + lower, last, std::greater<int32_t>());
+                    bracket.low = first[lower];
+                    last = first + lower;
+                }
+                if (rank - margin >= 0 && upper < last - first) {
+                    std::nth_element(first, first + upper, last, std::greater<int32_t>());
+                    bracket.high = first[upper];
+                }
+                if (bracket.low == bracket.high) bracket.low--;
+                brackets_[i] = bracket;
+            }
+        });
+    }
+
+    void count() {
+        counts_.resize(merge_.count * merge_.blocks());
+        parts_.resize(merge_.threads);
+        parallel(merge_.blocks(), kBlock * merge_.count, merge_.threads, [&](int64_t first, int64_t end, int thread) {
+            Part& part = parts_[thread];
+            part.begin = first, part.end = end;
+            part.capacity = (end - first) * kBlock / 8 + 2 * kBlock;
+            part.inside.reset(new int32_t[merge_.count * part.capacity]);
+            part.used.assign(merge_.count, 0);
+            part.full.assign(merge_.count, 0);
+            alignas(64) float base[kBlock], x[kBlock];
+            alignas(64) int32_t key[kBlock];
+            each_block(first, end, merge_.n, [&](int64_t block, int64_t begin, int64_t n) {
+                read(merge_.base, begin, n, base);
+                for (int64_t i : active_) {
+                    const int32_t low = brackets_[i].low, high = brackets_[i].high;
+                    keys(i, base, begin, n, x, key);
+                    int32_t above = 0, from_high = 0, above_low = 0, from_low = 0;
+#pragma omp simd reduction(+ : above, from_high, above_low, from_low)
+                    for (int64_t j = 0; j < n; j++) {
+                        above += key[j] > high;
+                        from_high += key[j] >= high;
+                        above_low += key[j] > low;
+                        from_low += key[j] >= low;
+                    }
+                    const int32_t inside = above_low - from_high;
+                    counts_[i * merge_.blocks() + block] = {above, from_high - above, inside, from_low - above_low};
+                    if (part.used[i] + inside + 16 > part.capacity) part.full[i] = 1;
+                    if (inside == 0 || part.full[i]) continue;
+                    part.used[i] += collect(key, n, low, high, part.inside.get() + i * part.capacity + part.used[i]);
+                }
+            });
+        });
+    }
+
+    void find(int64_t i) {
+        int64_t above = 0, high = 0, inside = 0, low = 0, k = kept_[i], equal = 0;
+        for (int64_t block = 0; block < merge_.blocks(); block++) {
+            const Counts& c = counts_[i * merge_.blocks() + block];
+            above += c.above, high += c.high, inside += c.inside, low += c.low;
+        }
+        bool full = false, counted = true;
+        for (const Part& part : parts_) full = full || (part.begin < part.end && part.full[i]);
+        const Bracket bracket = brackets_[i];
+        int32_t limit;
+        if (k > above && k <= above + high) {
+            limit = bracket.high, equal = high, k -= above;
+        } else if (k > above && k <= above + high + inside && !full) {
+            k -= above + high;
+            limit = kth_largest(k, equal, bracket.low, bracket.high, [&](int32_t from, int32_t to, int shift, int64_t* counts) {
+                for (const Part& part : parts_)
+                    if (part.begin < part.end)
+                        count_keys(part.inside.get() + i * part.capacity, part.used[i], from, to, shift, counts);
+            });
+        } else if (k > above + high + inside && k <= above + high + inside + low) {
+            limit = bracket.low, equal = low, k -= above + high + inside;
+        } else {
+            counted = false;
+            limit = kth_largest(k, equal, 0, kLargest, [&](int32_t from, int32_t to, int shift, int64_t* counts) {
+                each_key_block(i, [&](int64_t, const int32_t* key, int64_t n) { count_keys(key, n, from, to, shift, counts); return false; });
+            });
+        }
+        trims_[i].limit = limit;
+        if (k < equal) trims_[i].last = counted ? place_counted(i, limit, k) : place(i, 0, limit, k);
+    }
+
+    // f(begin, keys, n) for every block from `first` on, until it returns true.
+    template <class F>
+    void each_key_block(int64_t i, F f, int64_t first = 0) const {
+        alignas(64) float base[kBlock], x[kBlock];
+        alignas(64) int32_t key[kBlock];
+        for (int64_t begin = first * kBlock; begin < merge_.n; begin += kBlock) {
+            const int64_t n = std::min(kBlock, merge_.n - begin);
+            read(merge_.base, begin, n, base);
+            keys(i, base, begin, n, x, key);
+            if (f(begin, key, n)) return;
+        }
+    }
+
+    // The flat index of the k-th key equal to `limit` from block `first` on.
+    int64_t place(int64_t i, int64_t first, int32_t limit, int64_t k) const {
+        int64_t found = -1;
+        each_key_block(i, [&](int64_t begin, const int32_t* key, int64_t n) {
+            for (int64_t j = 0; j < n; j++)
+                if (key[j] == limit && --k == 0) {
+                    found = begin + j;
+                    return true;
+                }
+            return false;
+        }, first);
+        return found;
+    }
+
+    // The same from the counts and the collected keys, which say in which block it is.
+    int64_t place_counted(int64_t i, int32_t limit, int64_t k) const {
+        for (const Part& part : parts_) {
+            const int32_t* inside = part.inside.get() + i * part.capacity;
+            for (int64_t block = part.begin; block < part.end; block++) {
+                const Counts& c = counts_[i * merge_.blocks() + block];
+                const bool high = limit == brackets_[i].high, low = limit == brackets_[i].low;
+                const int64_t equal = high ? c.high : low ? c.low : std::count(inside, inside + c.inside, limit);
+                if (k <= equal) return place(i, block, limit, k);
+                k -= equal;
+                if (!high && !low) inside += c.inside;
+            }
+        }
+        return -1;
+    }
+
+    const Merge& merge_;
+    const int64_t* kept_;
+    Trim* trims_;
+    std::vector<int64_t> active_;
+    std::vector<Bracket> brackets_;  // (models,)
+    std::vector<Counts> counts_;     // (models, blocks)
+    std::vector<Part> parts_;
+};
+
+// ---- Sums in fixed order ----
+
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+typedef double WideLanes __attribute__((vector_size(128), aligned(8)));
+
+double sum(const WideLanes& lanes) {
+    double total = 0;
+    for (int l = 0; l < 16; l++) total += lanes[l];
+    return total;
+}
+
+// `sums` (width,) = fp64 sums over chunks of what f(begin, n, sums, thread) adds for every block, chunk by chunk in order.
+template <class F>
+std::vector<double> sums_over_chunks(const Merge& merge, int64_t width, int64_t cost, F f) {
+    const int64_t chunks = (merge.n + kChunk - 1) / kChunk, per_chunk = kChunk / kBlock;
+    std::vector<double> partial(chunks * width), total(width);
+    parallel(chunks, kChunk * cost, merge.threads, [&](int64_t first, int64_t end, int) {
+        std::vector<float> memory((merge.count + 2) * kBlock);
+        for (int64_t chunk = first; chunk < end; chunk++)
+            each_block(chunk * per_chunk, std::min((chunk + 1) * per_chunk, merge.blocks()), merge.n,
+                       [&](int64_t, int64_t begin, int64_t n) { f(begin, n, memory.data(), partial.data() + chunk * width); });
+    });
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        for (int64_t j = 0; j < width; j++) total[j] += partial[chunk * width + j];
+    return total;
+}
+
+// |d|_1 / |trimmed d|_1 for every model.
+std::vector<double> ratios(const Merge& merge, const Trim* trims) {
+    std::vector<double> sums = sums_over_chunks(merge, 2 * merge.count, merge.count, [&](int64_t begin, int64_t n, float* memory, double* sums) {
+        float *base = memory, *x = base + kBlock, *kept = x + kBlock;
+        merge.read_base(begin, n, base);
+        for (int64_t i = 0; i < merge.count; i++) {
+            read(merge.models[i], begin, n, x);
+            trimmed(x, base, begin, n, trims[i], kept);
+            std::fill(kept + n, kept + kBlock, 0.0f);
+            WideLanes before{}, after{};
+            for (int64_t j = 0; j < n; j += 16)
+                for (int l = 0; l < 16; l++) {
+                    before[l] += double(std::fabs(x[j + l] - base[j + l]));
+                    after[l] += double(std::fabs(kept[j + l]));
+                }
+            sums[2 * i] += sum(before);
+            sums[2 * i + 1] += sum(after);
+        }
+    });
+    std::vector<double> result(merge.count);
+    for (int64_t i = 0; i < merge.count; i++) {
+        const double before = sums[2 * i], after = sums[2 * i + 1];
+        result[i] = before < 1e-7 || after < 1e-7 ? 1 : before / after;
+    }
+    return result;
+}
+
+// ---- The merged tensor ----
+
+struct Combination {
+    const float* weights;
+    float lam, divisor;
+    bool elect, normalize;  // with elect: divide by the weights that agree; else by `divisor`
+    void* out;
+    int dtype;
+};
+
+void combine(const Merge& merge, const Trim* trims, const Combination& how) {
+    const bool past_caches = merge.n * (how.dtype == kFloat32 ? 4 : 2) >= kPastCaches;
+    parallel(merge.blocks(), kBlock * merge.count, merge.threads, [&](int64_t first, int64_t end, int) {
+        std::vector<float> memory((how.elect ? merge.count : 1) * kBlock);
+        alignas(64) float base[kBlock], x[kBlock], total[kBlock], divisor[kBlock], vote[kBlock];
+        each_block(first, end, merge.n, [&](int64_t, int64_t begin, int64_t n) {
+            merge.read_base(begin, n, base);
+            std::fill(total, total + n, 0.0f);
+            for (int64_t i = 0; i < merge.count; i++) {
+                float* product = memory.data() + (how.elect ? i * kBlock : 0);
+                read(merge.models[i], begin, n, x);
+                trimmed(x, base, begin, n, trims[i], product);
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) total[j] += product[j];
+            }
+            if (how.elect) {
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) {
+                    vote[j] = total[j] >= 0 ? 1.0f : -1.0f;
+                    total[j] = divisor[j] = 0;
+                }
+                for (int64_t i = 0; i < merge.count; i++) {
+                    const float *product = memory.data() + i * kBlock, weight = how.weights[i];
+#pragma omp simd
+                    for (int64_t j = 0; j < n; j++) {
+                        bool agrees = product[j] * vote[j] > 0;
+                        total[j] += product[j] * (agrees ? 1.0f : 0.0f);
+                        divisor[j] += agrees ? weight : 0.0f;
+                    }
+                }
+                if (how.normalize)
+#pragma omp simd
+                    for (int64_t j = 0; j < n; j++) total[j] /= std::fabs(divisor[j]) < 1e-8f ? 1.0f : divisor[j];
+            } else if (how.divisor != 1) {
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) total[j] /= how.divisor;
+            }
+            if (merge.base.data)
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) total[j] = total[j] * how.lam + base[j];
+            write(total, n, how.out, how.dtype, begin, past_caches);
+        });
+        if (past_caches) streamed();
+    });
+}
+
+std::vector<Source> sources(const void* const* data, const int* dtypes, int64_t count) {
+    std::vector<Source> result(count);
+    for (int64_t i = 0; i < count; i++) result[i] = {data[i], dtypes[i]};
+    return result;
+}
+
+}  // namespace
+}  // namespace hyperllama
+
+// tensors, dtypes: `count` models and then the base; a null base is zeros. trim: 0 none, 1 largest, 2 random by keys; rescale: 0
+// none, 1 by density, 2 by norm.
+HYPERLLAMA_API void hyperllama_merge(const void* const* tensors, const int* dtypes, int64_t count, int64_t n,
+                                     const double* weights, const double* densities, const uint64_t* keys, int trim, int rescale,
+                                     int elect, int normalize, double divisor, double lam, void* out, int out_dtype, int threads) {
+    using namespace hyperllama;
+    const std::vector<Source> all = sources(tensors, dtypes, count + 1);
+    const Merge merge{all[count], all.data(), count, n, threads};
+    std::vector<Trim> trims(count);
+    if (trim == kTop) {
+        std::vector<int64_t> kept(count);
+        for (int64_t i = 0; i < count; i++) kept[i] = int64_t(densities[i] * double(n));
+        Tops(merge, kept.data(), trims.data());
+    }
+    for (int64_t i = 0; trim == kRandom && i < count; i++) {
+        trims[i].kept = kRandom;
+        trims[i].key = keys[i];
+        trims[i].limit = int32_t(std::ceil(std::ldexp(float(densities[i]), 24)));
+    }
+    std::vector<double> scales(count, 1.0);
+    if (rescale == 2) scales = ratios(merge, trims.data());
+    for (int64_t i = 0; rescale == 1 && i < count; i++) scales[i] = densities[i] > 0 ? 1 / densities[i] : 1;
+    std::vector<float> rounded(weights, weights + count);
+    for (int64_t i = 0; i < count; i++) trims[i].scale = float(scales[i] * weights[i]);
+    combine(merge, trims.data(), {rounded.data(), float(lam), float(divisor), elect != 0, normalize != 0, out, out_dtype});
+}
+
+// gram (count, count) = <x_i - b, x_j - b>: products and chains of 16 sums in fp32, then fp64.
+HYPERLLAMA_API void hyperllama_merge_gram(const void* const* tensors, const int* dtypes, int64_t count, int64_t n, double* gram,
+                                          int threads) {
+    using namespace hyperllama;
+    const std::vector<Source> all = sources(tensors, dtypes, count + 1);
+    const Merge merge{all[count], all.data(), count, n, threads};
+    const std::vector<double> sums = sums_over_chunks(merge, count * count, count * count, [&](int64_t begin, int64_t n, float* memory, double* sums) {
+        float *base = memory, *d = base + kBlock;
+        merge.read_base(begin, n, base);
+        for (int64_t i = 0; i < count; i++) {
+            read(merge.models[i], begin, n, d + i * kBlock);
+#pragma omp simd
+            for (int64_t j = 0; j < kBlock; j++) d[i * kBlock + j] -= base[j];
+        }
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t o = 0; o <= i; o++) {
+                Lanes chains[4]{}, a, b;
+                for (int64_t j = 0; j < kBlock; j += 64)
+                    for (int c = 0; c < 4; c++) {
+                        std::memcpy(&a, d + i * kBlock + j + 16 * c, sizeof a);
+                        std::memcpy(&b, d + o * kBlock + j + 16 * c, sizeof b);
+                        chains[c] += a * b;
+                    }
+                WideLanes wide{};
+                for (const Lanes& chain : chains) wide += __builtin_convertvector(chain, WideLanes);
+                sums[i * count + o] += sum(wide);
+            }
+    });
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t o = 0; o <= i; o++) gram[i * count + o] = gram[o * count + i] = sums[i * count + o];
+}
