@@ -1,5 +1,6 @@
-// merge: see kernels/merge.py for the formulas. Tensors of any mix of dtypes are read block by block as fp32 into L1. Sums have a
-// fixed order and nothing is fused (see CMakeLists.txt): the bits depend on the inputs alone, not on threads or instruction set.
+// merge: see kernels/merge.py for the formulas. Tensors of any mix of dtypes are read as fp32, a group of vectors at a time. Sums
+// have a fixed order and nothing is fused (see CMakeLists.txt): the bits depend on the inputs alone, not on threads or instruction
+// set. Bound by memory and, next, by stores to L1: what one model adds stays in registers where it can.
 #include "common.h"
 #include "counter.h"
 
@@ -13,11 +14,11 @@
 namespace hyperllama {
 namespace {
 
-constexpr int64_t kBlock = 1024;             // elements; fp32 blocks of five models and their temporaries stay in L1
-constexpr int64_t kChunk = 64 * kBlock;      // elements of one fp64 partial sum
-constexpr int64_t kPastCaches = 8 << 20;     // bytes; a smaller output may well be read again from a cache
-constexpr int32_t kInfinity = 0x7F800000;    // as a magnitude; NaN is above
-constexpr int32_t kLargest = 0x7FFFFFFF;
+constexpr int64_t kBlock = 1024;           // elements; fp32 blocks of a few models stay in L1
+constexpr int64_t kChunk = 64 * kBlock;    // elements of one fp64 partial sum
+constexpr int64_t kPastCaches = 8 << 20;   // bytes; a smaller output may well be read again from a cache
+constexpr int32_t kSign = 0x7FFFFFFF;      // all but the sign: |x| as an integer orders magnitudes, NaN last
+constexpr int32_t kNone = kSign - 1;       // a magnitude that none but some NaNs reach, and they stay visible anyway
 
 enum Dtype { kFloat32, kBfloat16, kFloat16 };
 
@@ -26,24 +27,94 @@ struct Source {
     int dtype;
 };
 
-template <class T>
-void widen(const T* from, int64_t n, float* to) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; j++) to[j] = load(from + j);
+// Vectors of 16: one register with AVX-512, several elsewhere.
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float HalfFloats __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(64)));
+constexpr Ints kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline Floats vector(const float* p) {
+    Floats x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
 }
 
-// Elements [begin, begin + n) as fp32; the rest of the block is 0.
-void read(const Source& source, int64_t begin, int64_t n, float* block) {
-    if (source.dtype == kBfloat16) widen(static_cast<const bf16*>(source.data) + begin, n, block);
-    if (source.dtype == kFloat16) widen(static_cast<const fp16*>(source.data) + begin, n, block);
-    if (source.dtype == kFloat32) std::memcpy(block, static_cast<const float*>(source.data) + begin, n * sizeof(float));
-    std::fill(block + n, block + kBlock, 0.0f);
+inline Floats vector(const bf16* p) {
+    Halves x;
+    std::memcpy(&x, p, sizeof x);
+    return (Floats)(__builtin_convertvector(x, Bits) << 16);
+}
+
+inline Floats vector(const fp16* p) {
+    alignas(64) float x[16];
+#pragma omp simd
+    for (int l = 0; l < 16; l++) x[l] = load(p + l);
+    return vector(x);
+}
+
+inline Floats choose(Ints condition, float yes, float no) { return condition ? Floats{} + yes : Floats{} + no; }
+
+inline Ints magnitudes(Floats x) { return (Ints)x & kSign; }
+
+// Four vectors: what is asked once per group (dtype, kind of trim) costs little.
+constexpr int64_t kGroup = 64;
+
+struct Group {
+    Floats part[4];
+};
+
+template <class T>
+inline void read(const T* from, Group& group) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) group.part[c] = vector(from + 16 * c);
+}
+
+template <class T>
+void read_tail(const T* from, int64_t n, Group& group) {
+    alignas(64) float padded[kGroup] = {};
+    for (int64_t j = 0; j < n; j++) padded[j] = load(from + j);
+    read(padded, group);
+}
+
+template <class T>
+inline void read(const void* data, int64_t begin, int64_t n, Group& group) {
+    const T* from = static_cast<const T*>(data) + begin;
+    if (n >= kGroup)
+        read(from, group);
+    else
+        read_tail(from, n, group);
+}
+
+// Elements [begin, begin + n) as fp32, at most a group; the rest is 0, and so is all of a source without data.
+inline void read(const Source& source, int64_t begin, int64_t n, Group& group) {
+    if (!source.data) group = {};
+    else if (source.dtype == kBfloat16) read<bf16>(source.data, begin, n, group);
+    else if (source.dtype == kFloat32) read<float>(source.data, begin, n, group);
+    else read<fp16>(source.data, begin, n, group);
+}
+
+// The same for a block.
+void read_block(const Source& source, int64_t begin, int64_t n, float* block) {
+    for (int64_t j = 0; j < kBlock; j += kGroup) {
+        Group group{};
+        if (j < n) read(source, begin + j, n - j, group);
+        std::memcpy(block + j, &group, sizeof group);
+    }
 }
 
 float element(const Source& source, int64_t j) {
     if (source.dtype == kBfloat16) return load(static_cast<const bf16*>(source.data) + j);
     if (source.dtype == kFloat16) return load(static_cast<const fp16*>(source.data) + j);
     return static_cast<const float*>(source.data)[j];
+}
+
+inline int32_t magnitude(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits & kSign;
 }
 
 template <class T>
@@ -63,13 +134,6 @@ void write(const float* block, int64_t n, void* out, int dtype, int64_t begin, b
     if (dtype == kFloat32) narrow(block, n, static_cast<float*>(out) + begin, past_caches);
 }
 
-// The bits of |x|, which order magnitudes as integers, NaN last.
-inline int32_t magnitude(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits & kLargest;
-}
-
 // Calls f(block, begin, n) for the blocks [first, end) of `elements`.
 template <class F>
 void each_block(int64_t first, int64_t end, int64_t elements, F f) {
@@ -84,13 +148,6 @@ struct Merge {
     int threads;
 
     int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
-
-    void read_base(int64_t begin, int64_t m, float* block) const {
-        if (base.data)
-            read(base, begin, m, block);
-        else
-            std::fill(block, block + kBlock, 0.0f);
-    }
 };
 
 // ---- Which elements of a difference are kept ----
@@ -99,36 +156,34 @@ enum Kept { kAll, kTop, kRandom };
 
 struct Trim {
     Kept kept = kAll;
-    int32_t limit = 0;   // top: keep magnitudes above, and equal ones up to the flat index `last`; random: keep bits below
+    int32_t limit = 0;  // top: keep magnitudes above, and equal ones up to the flat index `last`; random: keep bits below
     int64_t last = 0;
     uint64_t key = 0;
     float scale = 1;
 };
 
-// out = (x - b) * kept * scale. Dropping is a product: NaN and infinity stay visible.
-void trimmed(const float* x, const float* b, int64_t begin, int64_t n, const Trim& trim, float* out) {
-    const float scale = trim.scale;
-    if (trim.kept == kAll) {
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) out[j] = (x[j] - b[j]) * scale;
+// x = (x - base) * kept * scale for the group at `begin`. Dropping is a product: NaN and infinity stay visible.
+inline void trim_group(const Trim& trim, const Group& base, int64_t begin, Group& x) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) x.part[c] -= base.part[c];
+    if (trim.kept == kTop) {
+        const int32_t room = int32_t(std::min<int64_t>(std::max<int64_t>(trim.last - begin, -1), kGroup));
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            const Ints least = trim.limit - (kIota > room - 16 * c);  // a true comparison is -1
+            x.part[c] *= choose(magnitudes(x.part[c]) >= least, 1, 0);
+        }
     } else if (trim.kept == kRandom) {
+        alignas(64) float kept[kGroup];
+        const uint64_t key = trim.key, counter = uint64_t(begin);
         const int32_t limit = trim.limit;
-        const uint64_t key = trim.key;
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++)
-            out[j] = (x[j] - b[j]) * (int32_t(random_bits(key, uint64_t(begin + j))) < limit ? 1.0f : 0.0f) * scale;
-    } else {
-        const int64_t split = std::min(std::max<int64_t>(trim.last + 1 - begin, 0), n);
-        auto part = [&](int64_t from, int64_t to, int32_t least) {
-#pragma omp simd
-            for (int64_t j = from; j < to; j++) {
-                float d = x[j] - b[j];
-                out[j] = d * (magnitude(d) >= least ? 1.0f : 0.0f) * scale;
-            }
-        };
-        part(0, split, trim.limit);
-        part(split, n, trim.limit < kLargest ? trim.limit + 1 : kLargest);
+        for (int64_t j = 0; j < kGroup; j++) kept[j] = int32_t(random_bits(key, counter + j)) < limit ? 1.0f : 0.0f;
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) x.part[c] *= vector(kept + 16 * c);
     }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) x.part[c] *= trim.scale;
 }
 
 // ---- The k-th largest magnitude ----
@@ -161,25 +216,67 @@ void count_keys(const int32_t* keys, int64_t n, int32_t low, int32_t high, int s
         if (keys[j] >= low && keys[j] <= high) counts[(keys[j] - low) >> shift]++;
 }
 
-// Appends the keys strictly between low and high, in order; writes up to 16 places beyond them.
-int64_t collect(const int32_t* keys, int64_t n, int32_t low, int32_t high, int32_t* out) {
-    int32_t* end = out;
-    int64_t j = 0;
-#ifdef __AVX512F__
-    // compressed in a register and stored whole: compressing into memory is slow on Zen 4
-    const __m512i below = _mm512_set1_epi32(low), above = _mm512_set1_epi32(high);
+struct Bracket {
+    int32_t low, high;
+};
+
+struct Counts {  // of the keys above, at and inside a bracket
+    int32_t above, high, inside, low;
+};
+
+inline int32_t sum(Ints x) {
+    int32_t total = 0;
+    for (int l = 0; l < 16; l++) total += x[l];
+    return total;
+}
+
+// Counts the keys |x - base| of at most a block and appends those inside the bracket, in order, to `end`, which it moves; it
+// writes up to 16 places beyond. Without an `end` it only counts.
+template <class T>
+Counts tally(const T* x, const float* base, int64_t n, Bracket bracket, int32_t*& end) {
+    Ints above{}, from_high{}, above_low{}, from_low{};
+    alignas(64) int32_t keys[kBlock];
+    int64_t j = 0, done = 0;
     for (; j + 16 <= n; j += 16) {
-        __m512i key = _mm512_loadu_si512(keys + j);
-        __mmask16 inside = _mm512_mask_cmplt_epi32_mask(_mm512_cmpgt_epi32_mask(key, below), key, above);
-        _mm512_storeu_si512(end, _mm512_maskz_compress_epi32(inside, key));
-        end += __builtin_popcount(inside);
-    }
+        const Ints key = magnitudes(vector(x + j) - vector(base + j));
+        above -= key > bracket.high;
+        from_high -= key >= bracket.high;
+        above_low -= key > bracket.low;
+        from_low -= key >= bracket.low;
+#ifdef __AVX512F__
+        if (end) {  // compressed in a register and stored whole: compressing into memory is slow on Zen 4
+            const __m512i k = (__m512i)key;
+            const __mmask16 inside = _mm512_mask_cmplt_epi32_mask(_mm512_cmpgt_epi32_mask(k, _mm512_set1_epi32(bracket.low)), k,
+                                                                  _mm512_set1_epi32(bracket.high));
+            _mm512_storeu_si512(end, _mm512_maskz_compress_epi32(inside, k));
+            end += __builtin_popcount(inside);
+        }
+        done = j + 16;
+#else
+        std::memcpy(keys + j, &key, sizeof key);
 #endif
-    for (; j < n; j++) {
-        *end = keys[j];
-        end += keys[j] > low && keys[j] < high;
     }
-    return end - out;
+    Counts counts{sum(above), sum(from_high), sum(above_low), sum(from_low)};
+    for (; j < n; j++) {
+        const int32_t key = keys[j] = magnitude(load(x + j) - base[j]);
+        counts.above += key > bracket.high;
+        counts.high += key >= bracket.high;
+        counts.inside += key > bracket.low;
+        counts.low += key >= bracket.low;
+    }
+    counts = {counts.above, counts.high - counts.above, counts.inside - counts.high, counts.low - counts.inside};
+    if (end && counts.inside)
+        for (j = done; j < n; j++) {
+            *end = keys[j];
+            end += keys[j] > bracket.low && keys[j] < bracket.high;
+        }
+    return counts;
+}
+
+Counts tally(const Source& x, int64_t begin, const float* base, int64_t n, Bracket bracket, int32_t*& end) {
+    if (x.dtype == kBfloat16) return tally(static_cast<const bf16*>(x.data) + begin, base, n, bracket, end);
+    if (x.dtype == kFloat16) return tally(static_cast<const fp16*>(x.data) + begin, base, n, bracket, end);
+    return tally(static_cast<const float*>(x.data) + begin, base, n, bracket, end);
 }
 
 // Finds every model's trim by one pass over the tensors: a sample gives a bracket that nearly always holds the k-th magnitude; the
@@ -190,7 +287,7 @@ public:
     Tops(const Merge& merge, const int64_t* kept, Trim* trims) : merge_(merge), kept_(kept), trims_(trims) {
         for (int64_t i = 0; i < merge.count; i++) {
             trims[i].kept = kTop;
-            trims[i].limit = kept[i] > 0 ? 0 : kLargest;  // that NaN is "kept" changes nothing: it stays visible anyway
+            trims[i].limit = kept[i] > 0 ? 0 : kNone;
             trims[i].last = kept[i] > 0 ? merge.n : -1;
             if (kept[i] > 0 && kept[i] < merge.n) active_.push_back(i);
         }
@@ -204,24 +301,12 @@ public:
     }
 
 private:
-    struct Bracket {
-        int32_t low, high;
-    };
-    struct Counts {  // of one model's keys in one block
-        int32_t above, high, inside, low;
-    };
     struct Part {  // of the blocks, done by one thread
         int64_t begin = 0, end = 0, capacity = 0;
         std::unique_ptr<int32_t[]> inside;   // (models, capacity)
         std::vector<int64_t> used;           // (models,)
         std::vector<char> full;              // (models,)
     };
-
-    void keys(int64_t i, const float* base, int64_t begin, int64_t n, float* x, int32_t* key) const {
-        read(merge_.models[i], begin, n, x);
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) key[j] = magnitude(x[j] - base[j]);
-    }
 
     void sample() {
         const int64_t n = merge_.n, size = std::min<int64_t>(n, std::min<int64_t>(std::max<int64_t>(n / 256, 2048), 1 << 18));
@@ -241,7 +326,7 @@ private:
                 const double share = double(kept_[i]) / double(n), rank = share * double(size);
                 const double margin = 3.5 * std::sqrt(rank * (1 - share)) + 2;  // a miss in 2000 tensors, which costs time only
                 const int64_t upper = int64_t(rank - margin), lower = int64_t(rank + margin);
-                Bracket bracket{-1, kLargest};
+                Bracket bracket{-1, kSign};
                 if (lower < size) {
                     std::nth_element(first, first + lower, last, std::greater<int32_t>());
                     bracket.low = first[lower];
@@ -267,26 +352,15 @@ private:
             part.inside.reset(new int32_t[merge_.count * part.capacity]);
             part.used.assign(merge_.count, 0);
             part.full.assign(merge_.count, 0);
-            alignas(64) float base[kBlock], x[kBlock];
-            alignas(64) int32_t key[kBlock];
+            alignas(64) float base[kBlock];
             each_block(first, end, merge_.n, [&](int64_t block, int64_t begin, int64_t n) {
-                read(merge_.base, begin, n, base);
+                read_block(merge_.base, begin, n, base);
                 for (int64_t i : active_) {
-                    const int32_t low = brackets_[i].low, high = brackets_[i].high;
-                    keys(i, base, begin, n, x, key);
-                    int32_t above = 0, from_high = 0, above_low = 0, from_low = 0;
-#pragma omp simd reduction(+ : above, from_high, above_low, from_low)
-                    for (int64_t j = 0; j < n; j++) {
-                        above += key[j] > high;
-                        from_high += key[j] >= high;
-                        above_low += key[j] > low;
-                        from_low += key[j] >= low;
-                    }
-                    const int32_t inside = above_low - from_high;
-                    counts_[i * merge_.blocks() + block] = {above, from_high - above, inside, from_low - above_low};
-                    if (part.used[i] + inside + 16 > part.capacity) part.full[i] = 1;
-                    if (inside == 0 || part.full[i]) continue;
-                    part.used[i] += collect(key, n, low, high, part.inside.get() + i * part.capacity + part.used[i]);
+                    part.full[i] = part.full[i] || part.used[i] + n + 16 > part.capacity;
+                    int32_t* const start = part.full[i] ? nullptr : part.inside.get() + i * part.capacity + part.used[i];
+                    int32_t* end = start;
+                    counts_[i * merge_.blocks() + block] = tally(merge_.models[i], begin, base, n, brackets_[i], end);
+                    part.used[i] += end - start;
                 }
             });
         });
@@ -315,11 +389,11 @@ private:
             limit = bracket.low, equal = low, k -= above + high + inside;
         } else {
             counted = false;
-            limit = kth_largest(k, equal, 0, kLargest, [&](int32_t from, int32_t to, int shift, int64_t* counts) {
+            limit = kth_largest(k, equal, 0, kSign, [&](int32_t from, int32_t to, int shift, int64_t* counts) {
                 each_key_block(i, [&](int64_t, const int32_t* key, int64_t n) { count_keys(key, n, from, to, shift, counts); return false; });
             });
         }
-        trims_[i].limit = limit;
+        trims_[i].limit = std::min(limit, kNone);
         if (k < equal) trims_[i].last = counted ? place_counted(i, limit, k) : place(i, 0, limit, k);
     }
 
@@ -330,8 +404,10 @@ private:
         alignas(64) int32_t key[kBlock];
         for (int64_t begin = first * kBlock; begin < merge_.n; begin += kBlock) {
             const int64_t n = std::min(kBlock, merge_.n - begin);
-            read(merge_.base, begin, n, base);
-            keys(i, base, begin, n, x, key);
+            read_block(merge_.base, begin, n, base);
+            read_block(merge_.models[i], begin, n, x);
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++) key[j] = magnitude(x[j] - base[j]);
             if (f(begin, key, n)) return;
         }
     }
@@ -377,13 +453,17 @@ private:
 
 // ---- Sums in fixed order ----
 
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-typedef double WideLanes __attribute__((vector_size(128), aligned(8)));
-
-double sum(const WideLanes& lanes) {
+double sum(Doubles x) {
     double total = 0;
-    for (int l = 0; l < 16; l++) total += lanes[l];
+    for (int l = 0; l < 8; l++) total += x[l];
     return total;
+}
+
+// Both halves of x, added in fp64.
+inline Doubles widened(Floats x) {
+    HalfFloats halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    return __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
 }
 
 // `sums` (width,) = fp64 sums over chunks of what f(begin, n, sums, thread) adds for every block, chunk by chunk in order.
@@ -392,7 +472,7 @@ std::vector<double> sums_over_chunks(const Merge& merge, int64_t width, int64_t 
     const int64_t chunks = (merge.n + kChunk - 1) / kChunk, per_chunk = kChunk / kBlock;
     std::vector<double> partial(chunks * width), total(width);
     parallel(chunks, kChunk * cost, merge.threads, [&](int64_t first, int64_t end, int) {
-        std::vector<float> memory((merge.count + 2) * kBlock);
+        std::vector<float> memory(merge.count * kBlock);
         for (int64_t chunk = first; chunk < end; chunk++)
             each_block(chunk * per_chunk, std::min((chunk + 1) * per_chunk, merge.blocks()), merge.n,
                        [&](int64_t, int64_t begin, int64_t n) { f(begin, n, memory.data(), partial.data() + chunk * width); });
@@ -404,23 +484,22 @@ std::vector<double> sums_over_chunks(const Merge& merge, int64_t width, int64_t 
 
 // |d|_1 / |trimmed d|_1 for every model.
 std::vector<double> ratios(const Merge& merge, const Trim* trims) {
-    std::vector<double> sums = sums_over_chunks(merge, 2 * merge.count, merge.count, [&](int64_t begin, int64_t n, float* memory, double* sums) {
-        float *base = memory, *x = base + kBlock, *kept = x + kBlock;
-        merge.read_base(begin, n, base);
+    const auto add = [&](int64_t begin, int64_t n, float*, double* sums) {
         for (int64_t i = 0; i < merge.count; i++) {
-            read(merge.models[i], begin, n, x);
-            trimmed(x, base, begin, n, trims[i], kept);
-            std::fill(kept + n, kept + kBlock, 0.0f);
-            WideLanes before{}, after{};
-            for (int64_t j = 0; j < n; j += 16)
-                for (int l = 0; l < 16; l++) {
-                    before[l] += double(std::fabs(x[j + l] - base[j + l]));
-                    after[l] += double(std::fabs(kept[j + l]));
-                }
+            Doubles before{}, after{};
+            for (int64_t j = 0; j < n; j += kGroup) {
+                Group base, x;
+                read(merge.base, begin + j, n - j, base);
+                read(merge.models[i], begin + j, n - j, x);
+                for (int c = 0; c < 4; c++) before += widened((Floats)magnitudes(x.part[c] - base.part[c]));
+                trim_group(trims[i], base, begin + j, x);
+                for (int c = 0; c < 4; c++) after += widened((Floats)magnitudes(x.part[c]));
+            }
             sums[2 * i] += sum(before);
             sums[2 * i + 1] += sum(after);
         }
-    });
+    };
+    const std::vector<double> sums = sums_over_chunks(merge, 2 * merge.count, merge.count, add);
     std::vector<double> result(merge.count);
     for (int64_t i = 0; i < merge.count; i++) {
         const double before = sums[2 * i], after = sums[2 * i + 1];
@@ -442,44 +521,51 @@ struct Combination {
 void combine(const Merge& merge, const Trim* trims, const Combination& how) {
     const bool past_caches = merge.n * (how.dtype == kFloat32 ? 4 : 2) >= kPastCaches;
     parallel(merge.blocks(), kBlock * merge.count, merge.threads, [&](int64_t first, int64_t end, int) {
-        std::vector<float> memory((how.elect ? merge.count : 1) * kBlock);
-        alignas(64) float base[kBlock], x[kBlock], total[kBlock], divisor[kBlock], vote[kBlock];
+        std::vector<Group> products(how.elect ? merge.count : 0);
+        alignas(64) float merged[kBlock];
         each_block(first, end, merge.n, [&](int64_t, int64_t begin, int64_t n) {
-            merge.read_base(begin, n, base);
-            std::fill(total, total + n, 0.0f);
-            for (int64_t i = 0; i < merge.count; i++) {
-                float* product = memory.data() + (how.elect ? i * kBlock : 0);
-                read(merge.models[i], begin, n, x);
-                trimmed(x, base, begin, n, trims[i], product);
-#pragma omp simd
-                for (int64_t j = 0; j < n; j++) total[j] += product[j];
-            }
-            if (how.elect) {
-#pragma omp simd
-                for (int64_t j = 0; j < n; j++) {
-                    vote[j] = total[j] >= 0 ? 1.0f : -1.0f;
-                    total[j] = divisor[j] = 0;
-                }
+            for (int64_t j = 0; j < n; j += kGroup) {
+                Group base, total{};
+                read(merge.base, begin + j, n - j, base);
                 for (int64_t i = 0; i < merge.count; i++) {
-                    const float *product = memory.data() + i * kBlock, weight = how.weights[i];
-#pragma omp simd
-                    for (int64_t j = 0; j < n; j++) {
-                        bool agrees = product[j] * vote[j] > 0;
-                        total[j] += product[j] * (agrees ? 1.0f : 0.0f);
-                        divisor[j] += agrees ? weight : 0.0f;
-                    }
+                    Group product;
+                    read(merge.models[i], begin + j, n - j, product);
+                    trim_group(trims[i], base, begin + j, product);
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; c++) total.part[c] += product.part[c];
+                    if (how.elect) products[i] = product;
                 }
-                if (how.normalize)
-#pragma omp simd
-                    for (int64_t j = 0; j < n; j++) total[j] /= std::fabs(divisor[j]) < 1e-8f ? 1.0f : divisor[j];
-            } else if (how.divisor != 1) {
-#pragma omp simd
-                for (int64_t j = 0; j < n; j++) total[j] /= how.divisor;
+                if (how.elect) {
+                    Group vote, divisor{};
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; c++) vote.part[c] = choose(total.part[c] >= 0, 1, -1);
+                    total = {};
+                    for (int64_t i = 0; i < merge.count; i++) {
+#pragma GCC unroll 4
+                        for (int c = 0; c < 4; c++) {
+                            const Floats product = products[i].part[c];
+                            const Ints agrees = product * vote.part[c] > 0;
+                            total.part[c] += product * choose(agrees, 1, 0);
+                            divisor.part[c] += choose(agrees, how.weights[i], 0);
+                        }
+                    }
+                    if (how.normalize)
+#pragma GCC unroll 4
+                        for (int c = 0; c < 4; c++) {
+                            const Floats d = divisor.part[c];
+                            const Floats one = Floats{} + 1;
+                            total.part[c] /= (d < 1e-8f) & (d > -1e-8f) ? one : d;
+                        }
+                } else if (how.divisor != 1) {
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; c++) total.part[c] /= how.divisor;
+                }
+                if (merge.base.data)
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; c++) total.part[c] = total.part[c] * how.lam + base.part[c];
+                std::memcpy(merged + j, &total, sizeof total);
             }
-            if (merge.base.data)
-#pragma omp simd
-                for (int64_t j = 0; j < n; j++) total[j] = total[j] * how.lam + base[j];
-            write(total, n, how.out, how.dtype, begin, past_caches);
+            write(merged, n, how.out, how.dtype, begin, past_caches);
         });
         if (past_caches) streamed();
     });
@@ -527,28 +613,27 @@ HYPERLLAMA_API void hyperllama_merge_gram(const void* const* tensors, const int*
     using namespace hyperllama;
     const std::vector<Source> all = sources(tensors, dtypes, count + 1);
     const Merge merge{all[count], all.data(), count, n, threads};
-    const std::vector<double> sums = sums_over_chunks(merge, count * count, count * count, [&](int64_t begin, int64_t n, float* memory, double* sums) {
-        float *base = memory, *d = base + kBlock;
-        merge.read_base(begin, n, base);
-        for (int64_t i = 0; i < count; i++) {
-            read(merge.models[i], begin, n, d + i * kBlock);
-#pragma omp simd
-            for (int64_t j = 0; j < kBlock; j++) d[i * kBlock + j] -= base[j];
+    const auto add = [&](int64_t begin, int64_t n, float* d, double* sums) {
+        for (int64_t j = 0; j < kBlock; j += kGroup) {
+            Group base{}, x{};
+            if (j < n) read(merge.base, begin + j, n - j, base);
+            for (int64_t i = 0; i < count; i++) {
+                if (j < n) read(merge.models[i], begin + j, n - j, x);
+                for (int c = 0; c < 4; c++) x.part[c] -= base.part[c];
+                std::memcpy(d + i * kBlock + j, &x, sizeof x);
+            }
         }
         for (int64_t i = 0; i < count; i++)
             for (int64_t o = 0; o <= i; o++) {
-                Lanes chains[4]{}, a, b;
-                for (int64_t j = 0; j < kBlock; j += 64)
-                    for (int c = 0; c < 4; c++) {
-                        std::memcpy(&a, d + i * kBlock + j + 16 * c, sizeof a);
-                        std::memcpy(&b, d + o * kBlock + j + 16 * c, sizeof b);
-                        chains[c] += a * b;
-                    }
-                WideLanes wide{};
-                for (const Lanes& chain : chains) wide += __builtin_convertvector(chain, WideLanes);
-                sums[i * count + o] += sum(wide);
+                Group chains{};
+                for (int64_t j = 0; j < kBlock; j += kGroup)
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; c++)
+                        chains.part[c] += vector(d + i * kBlock + j + 16 * c) * vector(d + o * kBlock + j + 16 * c);
+                for (const Floats& chain : chains.part) sums[i * count + o] += sum(widened(chain));
             }
-    });
+    };
+    const std::vector<double> sums = sums_over_chunks(merge, count * count, count * count, add);
     for (int64_t i = 0; i < count; i++)
         for (int64_t o = 0; o <= i; o++) gram[i * count + o] = gram[o * count + i] = sums[i * count + o];
 }
