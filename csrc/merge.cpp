@@ -45,7 +45,11 @@ inline Floats vector(const float* p) {
 inline Floats vector(const bf16* p) {
     Halves x;
     std::memcpy(&x, p, sizeof x);
+#ifdef __AVX512F__
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);  // GCC 12 widens in four steps
+#else
     return (Floats)(__builtin_convertvector(x, Bits) << 16);
+#endif
 }
 
 inline Floats vector(const fp16* p) {
@@ -55,7 +59,7 @@ inline Floats vector(const fp16* p) {
     return vector(x);
 }
 
-inline Floats choose(Ints condition, float yes, float no) { return condition ? Floats{} + yes : Floats{} + no; }
+inline Floats choose(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 
 inline Ints magnitudes(Floats x) { return (Ints)x & kSign; }
 
@@ -162,28 +166,33 @@ struct Trim {
     float scale = 1;
 };
 
-// x = (x - base) * kept * scale for the group at `begin`. Dropping is a product: NaN and infinity stay visible.
+// x = (x - base) * (scale where kept, else 0) for the group at `begin`. A product: NaN and infinity stay visible.
 inline void trim_group(const Trim& trim, const Group& base, int64_t begin, Group& x) {
+    const Floats scale = Floats{} + trim.scale, zero{};
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++) x.part[c] -= base.part[c];
-    if (trim.kept == kTop) {
-        const int32_t room = int32_t(std::min<int64_t>(std::max<int64_t>(trim.last - begin, -1), kGroup));
+    if (trim.kept == kTop && (trim.last < begin || trim.last >= begin + kGroup)) {
+        const int32_t least = trim.limit + (trim.last < begin);
 #pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) x.part[c] *= choose(magnitudes(x.part[c]) >= least, scale, zero);
+    } else if (trim.kept == kTop) {
         for (int c = 0; c < 4; c++) {
-            const Ints least = trim.limit - (kIota > room - 16 * c);  // a true comparison is -1
-            x.part[c] *= choose(magnitudes(x.part[c]) >= least, 1, 0);
+            const Ints least = trim.limit - (kIota + 16 * c > int32_t(trim.last - begin));  // a true comparison is -1
+            x.part[c] *= choose(magnitudes(x.part[c]) >= least, scale, zero);
         }
     } else if (trim.kept == kRandom) {
         alignas(64) float kept[kGroup];
         const uint64_t key = trim.key, counter = uint64_t(begin);
         const int32_t limit = trim.limit;
+        const float factor = trim.scale;
 #pragma omp simd
-        for (int64_t j = 0; j < kGroup; j++) kept[j] = int32_t(random_bits(key, counter + j)) < limit ? 1.0f : 0.0f;
+        for (int64_t j = 0; j < kGroup; j++) kept[j] = int32_t(random_bits(key, counter + j)) < limit ? factor : 0.0f;
 #pragma GCC unroll 4
         for (int c = 0; c < 4; c++) x.part[c] *= vector(kept + 16 * c);
-    }
+    } else {
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) x.part[c] *= trim.scale;
+        for (int c = 0; c < 4; c++) x.part[c] *= scale;
+    }
 }
 
 // ---- The k-th largest magnitude ----
@@ -218,6 +227,7 @@ void count_keys(const int32_t* keys, int64_t n, int32_t low, int32_t high, int s
 
 struct Bracket {
     int32_t low, high;
+    bool ends;  // whether keys equal to low and to high are counted apart; else they count as below and above
 };
 
 struct Counts {  // of the keys above, at and inside a bracket
@@ -232,27 +242,41 @@ inline int32_t sum(Ints x) {
 
 // Counts the keys |x - base| of at most a block and appends those inside the bracket, in order, to `end`, which it moves; it
 // writes up to 16 places beyond. Without an `end` it only counts.
-template <class T>
+template <bool ends, class T>
 Counts tally(const T* x, const float* base, int64_t n, Bracket bracket, int32_t*& end) {
     Ints above{}, from_high{}, above_low{}, from_low{};
     alignas(64) int32_t keys[kBlock];
     int64_t j = 0, done = 0;
     for (; j + 16 <= n; j += 16) {
+        __builtin_prefetch(x + j + kBlock);  // models take turns, which hides their next blocks from the hardware
         const Ints key = magnitudes(vector(x + j) - vector(base + j));
-        above -= key > bracket.high;
-        from_high -= key >= bracket.high;
-        above_low -= key > bracket.low;
-        from_low -= key >= bracket.low;
 #ifdef __AVX512F__
-        if (end) {  // compressed in a register and stored whole: compressing into memory is slow on Zen 4
-            const __m512i k = (__m512i)key;
-            const __mmask16 inside = _mm512_mask_cmplt_epi32_mask(_mm512_cmpgt_epi32_mask(k, _mm512_set1_epi32(bracket.low)), k,
-                                                                  _mm512_set1_epi32(bracket.high));
-            _mm512_storeu_si512(end, _mm512_maskz_compress_epi32(inside, k));
-            end += __builtin_popcount(inside);
+        const __m512i k = (__m512i)key, low = _mm512_set1_epi32(bracket.low), high = _mm512_set1_epi32(bracket.high);
+        const __mmask16 from = _mm512_cmpge_epi32_mask(k, high), to = _mm512_cmpgt_epi32_mask(k, low), inside = to & ~from;
+        const auto count = [one = _mm512_set1_epi32(1)](Ints& counts, __mmask16 which) {
+            counts = (Ints)_mm512_mask_add_epi32((__m512i)counts, which, (__m512i)counts, one);
+        };
+        count(from_high, from);
+        count(above_low, to);
+        if (ends) {
+            count(above, _mm512_cmpgt_epi32_mask(k, high));
+            count(from_low, _mm512_cmpge_epi32_mask(k, low));
+        }
+        if (end) {  // few are inside, and short stores seldom cross a cache line; compressing into memory is slow on Zen 4
+            const __m512i kept = _mm512_maskz_compress_epi32(inside, k);
+            const int number = __builtin_popcount(inside);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(end), _mm512_castsi512_si128(kept));
+            if (__builtin_expect(number > 4, 0)) _mm512_storeu_si512(end, kept);
+            end += number;
         }
         done = j + 16;
 #else
+        from_high -= key >= bracket.high;
+        above_low -= key > bracket.low;
+        if (ends) {
+            above -= key > bracket.high;
+            from_low -= key >= bracket.low;
+        }
         std::memcpy(keys + j, &key, sizeof key);
 #endif
     }
@@ -264,7 +288,11 @@ Counts tally(const T* x, const float* base, int64_t n, Bracket bracket, int32_t*
         counts.inside += key > bracket.low;
         counts.low += key >= bracket.low;
     }
-    counts = {counts.above, counts.high - counts.above, counts.inside - counts.high, counts.low - counts.inside};
+    const int32_t inside = counts.inside - counts.high;
+    if (ends)
+        counts = {counts.above, counts.high - counts.above, inside, counts.low - counts.inside};
+    else
+        counts = {counts.high, 0, inside, 0};
     if (end && counts.inside)
         for (j = done; j < n; j++) {
             *end = keys[j];
@@ -273,10 +301,16 @@ Counts tally(const T* x, const float* base, int64_t n, Bracket bracket, int32_t*
     return counts;
 }
 
+template <class T>
+Counts tally(const void* x, int64_t begin, const float* base, int64_t n, Bracket bracket, int32_t*& end) {
+    const T* from = static_cast<const T*>(x) + begin;
+    return bracket.ends ? tally<true>(from, base, n, bracket, end) : tally<false>(from, base, n, bracket, end);
+}
+
 Counts tally(const Source& x, int64_t begin, const float* base, int64_t n, Bracket bracket, int32_t*& end) {
-    if (x.dtype == kBfloat16) return tally(static_cast<const bf16*>(x.data) + begin, base, n, bracket, end);
-    if (x.dtype == kFloat16) return tally(static_cast<const fp16*>(x.data) + begin, base, n, bracket, end);
-    return tally(static_cast<const float*>(x.data) + begin, base, n, bracket, end);
+    if (x.dtype == kBfloat16) return tally<bf16>(x.data, begin, base, n, bracket, end);
+    if (x.dtype == kFloat16) return tally<fp16>(x.data, begin, base, n, bracket, end);
+    return tally<float>(x.data, begin, base, n, bracket, end);
 }
 
 // Finds every model's trim by one pass over the tensors: a sample gives a bracket that nearly always holds the k-th magnitude; the
@@ -309,7 +343,8 @@ private:
     };
 
     void sample() {
-        const int64_t n = merge_.n, size = std::min<int64_t>(n, std::min<int64_t>(std::max<int64_t>(n / 256, 2048), 1 << 18));
+        // a larger sample costs more, a smaller one leaves more inside the bracket: measured, the best is about n^(2/3) / 3
+        const int64_t n = merge_.n, size = std::min<int64_t>(n, 256 + int64_t(std::pow(double(n), 2.0 / 3) / 3));
         std::vector<int32_t> keys(merge_.count * size);
         parallel(size, merge_.count * 16, merge_.threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t s = begin; s < end; s++) {
@@ -326,7 +361,7 @@ private:
                 const double share = double(kept_[i]) / double(n), rank = share * double(size);
                 const double margin = 3.5 * std::sqrt(rank * (1 - share)) + 2;  // a miss in 2000 tensors, which costs time only
                 const int64_t upper = int64_t(rank - margin), lower = int64_t(rank + margin);
-                Bracket bracket{-1, kSign};
+                Bracket bracket{-1, kSign, true};
                 if (lower < size) {
                     std::nth_element(first, first + lower, last, std::greater<int32_t>());
                     bracket.low = first[lower];
@@ -336,6 +371,12 @@ private:
                     std::nth_element(first, first + upper, last, std::greater<int32_t>());
                     bracket.high = first[upper];
                 }
+                // where few are equal, the ends are taken inside, which saves half of the comparisons
+                const int64_t from = std::max<int64_t>(upper, 0), to = std::min(lower, size);
+                int64_t within = 0;
+                for (int64_t s = 0; s < size; s++) within += keys[i * size + s] >= bracket.low && keys[i * size + s] <= bracket.high;
+                bracket.ends = 4 * within > 5 * (to - from) || bracket.low < 0 || bracket.high == kSign;
+                if (!bracket.ends) bracket.low--, bracket.high++;
                 if (bracket.low == bracket.high) bracket.low--;
                 brackets_[i] = bracket;
             }
@@ -432,7 +473,7 @@ private:
             const int32_t* inside = part.inside.get() + i * part.capacity;
             for (int64_t block = part.begin; block < part.end; block++) {
                 const Counts& c = counts_[i * merge_.blocks() + block];
-                const bool high = limit == brackets_[i].high, low = limit == brackets_[i].low;
+                const bool high = brackets_[i].ends && limit == brackets_[i].high, low = brackets_[i].ends && limit == brackets_[i].low;
                 const int64_t equal = high ? c.high : low ? c.low : std::count(inside, inside + c.inside, limit);
                 if (k <= equal) return place(i, block, limit, k);
                 k -= equal;
@@ -518,6 +559,30 @@ struct Combination {
     int dtype;
 };
 
+// total: the sum of the products -> the mean of those that have its sign; NaN stays, which is also what infinities give that do
+// not agree.
+inline void elect(const std::vector<Group>& products, const Combination& how, Group& total) {
+    const Floats zero{}, one = zero + 1;
+    Floats vote[4], agreed[4]{}, divisor[4]{};
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) vote[c] = choose(total.part[c] >= 0, one, -one);
+    for (size_t i = 0; i < products.size(); i++) {
+        const Floats weight = zero + how.weights[i];
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            const Ints agrees = products[i].part[c] * vote[c] > 0;
+            agreed[c] += choose(agrees, products[i].part[c], zero);
+            divisor[c] += choose(agrees, weight, zero);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        const Ints small = (divisor[c] < 1e-8f) & (divisor[c] > -1e-8f);
+        if (how.normalize) agreed[c] /= choose(small, one, divisor[c]);
+        total.part[c] = choose(total.part[c] == total.part[c], agreed[c], total.part[c]);
+    }
+}
+
 void combine(const Merge& merge, const Trim* trims, const Combination& how) {
     const bool past_caches = merge.n * (how.dtype == kFloat32 ? 4 : 2) >= kPastCaches;
     parallel(merge.blocks(), kBlock * merge.count, merge.threads, [&](int64_t first, int64_t end, int) {
@@ -535,35 +600,14 @@ void combine(const Merge& merge, const Trim* trims, const Combination& how) {
                     for (int c = 0; c < 4; c++) total.part[c] += product.part[c];
                     if (how.elect) products[i] = product;
                 }
-                if (how.elect) {
-                    Group vote, divisor{};
+                if (how.elect) elect(products, how, total);
 #pragma GCC unroll 4
-                    for (int c = 0; c < 4; c++) vote.part[c] = choose(total.part[c] >= 0, 1, -1);
-                    total = {};
-                    for (int64_t i = 0; i < merge.count; i++) {
-#pragma GCC unroll 4
-                        for (int c = 0; c < 4; c++) {
-                            const Floats product = products[i].part[c];
-                            const Ints agrees = product * vote.part[c] > 0;
-                            total.part[c] += product * choose(agrees, 1, 0);
-                            divisor.part[c] += choose(agrees, how.weights[i], 0);
-                        }
-                    }
-                    if (how.normalize)
-#pragma GCC unroll 4
-                        for (int c = 0; c < 4; c++) {
-                            const Floats d = divisor.part[c];
-                            const Floats one = Floats{} + 1;
-                            total.part[c] /= (d < 1e-8f) & (d > -1e-8f) ? one : d;
-                        }
-                } else if (how.divisor != 1) {
-#pragma GCC unroll 4
-                    for (int c = 0; c < 4; c++) total.part[c] /= how.divisor;
+                for (int c = 0; c < 4; c++) {
+                    Floats value = total.part[c];
+                    if (!how.elect && how.divisor != 1) value /= how.divisor;
+                    if (merge.base.data) value = value * how.lam + base.part[c];
+                    std::memcpy(merged + j + 16 * c, &value, sizeof value);
                 }
-                if (merge.base.data)
-#pragma GCC unroll 4
-                    for (int c = 0; c < 4; c++) total.part[c] = total.part[c] * how.lam + base.part[c];
-                std::memcpy(merged + j, &total, sizeof total);
             }
             write(merged, n, how.out, how.dtype, begin, past_caches);
         });

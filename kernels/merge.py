@@ -117,7 +117,7 @@ def _rescale(delta: Tensor, kept: Tensor) -> Tensor:
 def _trim(
     delta: Tensor, index: int, densities: Sequence[float], keys: Sequence[int], rescale: str
 ) -> tuple[Tensor, float | Tensor]:
-    """Mask and scale of model number `index`."""
+    """Mask of model number `index`, and the scale of what it keeps."""
     if not densities:
         return torch.ones((), dtype=torch.bool, device=delta.device), 1.0
     density = densities[index]
@@ -125,6 +125,12 @@ def _trim(
     if rescale == "norm":
         return mask, _rescale(delta, delta * mask)
     return mask, 1 / density if rescale == "density" and density > 0 else 1.0
+
+
+def _product(delta: Tensor, mask: Tensor, scale: float | Tensor) -> Tensor:
+    """delta * scale where kept; a product and not a where on delta: NaN and infinity stay visible."""
+    scale = torch.as_tensor(scale, dtype=delta.dtype, device=delta.device)
+    return delta * torch.where(mask, scale, torch.zeros_like(scale))
 
 
 def task_arithmetic_reference(
@@ -144,7 +150,7 @@ def task_arithmetic_reference(
     for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
         delta = tensor - base
         mask, scale = _trim(delta, i, densities, keys, rescale)
-        total += delta * mask * (scale * weight)  # a product and not a where: NaN and infinity stay visible
+        total += _product(delta, mask, scale * weight)
     if normalize:
         total /= _task_divisor(weights)
     return total.mul_(lam).add_(base).to(out_dtype)
@@ -174,11 +180,11 @@ def ties_reference(
         mask, scale = _trim(delta, i, densities, keys, rescale)
         masks.append(mask)
         scales.append(scale * weight)
-        elected += delta * mask * scales[-1]
+        elected += _product(delta, mask, scales[-1])
     elected = torch.where(elected >= 0, 1.0, -1.0).to(base.dtype)
     total, divisor = torch.zeros_like(base), torch.zeros_like(base)
     for tensor, weight, mask, scale in zip(tensors, weights, masks, scales, strict=True):
-        product = (tensor - base) * mask * scale
+        product = _product(tensor - base, mask, scale)
         agrees = product.sign() == elected
         total += product * agrees
         divisor.add_(agrees, alpha=weight)
