@@ -9,6 +9,9 @@
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define HYPERLLAMA_API extern "C" __attribute__((visibility("default")))
 
@@ -70,6 +73,14 @@ inline void store(fp16* p, float value) {
     p->bits = uint16_t(sign | half);
 }
 
+// x as T holds it.
+template <class T>
+inline float rounded(float x) {
+    T result;
+    store(&result, x);
+    return load(&result);
+}
+
 // e^x to about one ulp, in operations that every instruction set has as vectors; NaN stays NaN, overflow is infinity, underflow 0.
 // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial fitted for least relative error (4e-9); 2^n in two halves.
 inline float exp_(float x) {
@@ -124,6 +135,16 @@ inline void stream(void* to, const void* from, int64_t bytes) {
         _mm_stream_si128(reinterpret_cast<__m128i*>(target), _mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 #endif
     std::memcpy(target, source, bytes);
+}
+
+// Asks for large pages under a large output before it is first written: with small ones, a kernel bound by memory spends most of
+// its time in page faults. Advice only.
+inline void expect_writes(void* to, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = uintptr_t(2) << 20, begin = (reinterpret_cast<uintptr_t>(to) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(to) + uintptr_t(bytes)) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 inline void streamed() {

@@ -584,7 +584,9 @@ inline void elect(const std::vector<Group>& products, const Combination& how, Gr
 }
 
 void combine(const Merge& merge, const Trim* trims, const Combination& how) {
-    const bool past_caches = merge.n * (how.dtype == kFloat32 ? 4 : 2) >= kPastCaches;
+    const int64_t bytes = merge.n * (how.dtype == kFloat32 ? 4 : 2);
+    const bool past_caches = bytes >= kPastCaches;
+    if (past_caches) expect_writes(how.out, bytes);
     parallel(merge.blocks(), kBlock * merge.count, merge.threads, [&](int64_t first, int64_t end, int) {
         std::vector<Group> products(how.elect ? merge.count : 0);
         alignas(64) float merged[kBlock];
