@@ -391,6 +391,7 @@ private:
             part.begin = first, part.end = end;
             part.capacity = (end - first) * kBlock / 8 + 2 * kBlock;
             part.inside.reset(new int32_t[merge_.count * part.capacity]);
+            expect_writes(part.inside.get(), merge_.count * part.capacity * int64_t(sizeof(int32_t)));
             part.used.assign(merge_.count, 0);
             part.full.assign(merge_.count, 0);
             alignas(64) float base[kBlock];

@@ -219,7 +219,7 @@ def _merge_csrc(
     base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], densities: Sequence[float],
     keys: Sequence[int], lam: float, normalize: bool, rescale: str, out_dtype: torch.dtype, elect: bool, divisor: float,
 ) -> Tensor:  # fmt: skip
-    held, pointers, dtypes = _csrc_inputs(tensors, base)
+    _held, pointers, dtypes = _csrc_inputs(tensors, base)
     out, count = torch.empty(tensors[0].shape, dtype=out_dtype), len(tensors)
     csrc("merge")(
         pointers, dtypes, c_int64(count), c_int64(out.numel()), (c_double * count)(*weights),
@@ -242,9 +242,7 @@ def _task_arithmetic_csrc(
     lam: float, normalize: bool, rescale: str, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     divisor = _task_divisor(weights) if normalize else 1.0
-    return _merge_csrc(
-        base, tensors, weights, densities, keys, lam, normalize, rescale, out_dtype, False, divisor
-    )
+    return _merge_csrc(base, tensors, weights, densities, keys, lam, normalize, rescale, out_dtype, False, divisor)
 
 
 def _ties_csrc(
