@@ -27,14 +27,18 @@ struct Source {
     int dtype;
 };
 
-// Vectors of 16: one register with AVX-512, several elsewhere.
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef float HalfFloats __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(64)));
-constexpr Ints kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+// Vectors of one register: compilers take wider ones apart element by element.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 inline Floats vector(const float* p) {
     Floats x;
@@ -53,9 +57,9 @@ inline Floats vector(const bf16* p) {
 }
 
 inline Floats vector(const fp16* p) {
-    alignas(64) float x[16];
+    alignas(64) float x[kLanes];
 #pragma omp simd
-    for (int l = 0; l < 16; l++) x[l] = load(p + l);
+    for (int l = 0; l < kLanes; l++) x[l] = load(p + l);
     return vector(x);
 }
 
@@ -63,17 +67,18 @@ inline Floats choose(Ints condition, Floats yes, Floats no) { return condition ?
 
 inline Ints magnitudes(Floats x) { return (Ints)x & kSign; }
 
-// Four vectors: what is asked once per group (dtype, kind of trim) costs little.
+// Several vectors: what is asked once per group (dtype, kind of trim) costs little. Its size is the same on every instruction set.
 constexpr int64_t kGroup = 64;
+constexpr int kParts = kGroup / kLanes;
 
 struct Group {
-    Floats part[4];
+    Floats part[kParts];
 };
 
 template <class T>
 inline void read(const T* from, Group& group) {
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) group.part[c] = vector(from + 16 * c);
+#pragma GCC unroll 16
+    for (int c = 0; c < kParts; c++) group.part[c] = vector(from + kLanes * c);
 }
 
 template <class T>
@@ -169,17 +174,20 @@ struct Trim {
 // x = (x - base) * (scale where kept, else 0) for the group at `begin`. A product: NaN and infinity stay visible.
 inline void trim_group(const Trim& trim, const Group& base, int64_t begin, Group& x) {
     const Floats scale = Floats{} + trim.scale, zero{};
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) x.part[c] -= base.part[c];
+#pragma GCC unroll 16
+    for (int c = 0; c < kParts; c++) x.part[c] -= base.part[c];
     if (trim.kept == kTop && (trim.last < begin || trim.last >= begin + kGroup)) {
         const int32_t least = trim.limit + (trim.last < begin);
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) x.part[c] *= choose(magnitudes(x.part[c]) >= least, scale, zero);
+#pragma GCC unroll 16
+        for (int c = 0; c < kParts; c++) x.part[c] *= choose(magnitudes(x.part[c]) >= least, scale, zero);
     } else if (trim.kept == kTop) {
-        for (int c = 0; c < 4; c++) {
-            const Ints least = trim.limit - (kIota + 16 * c > int32_t(trim.last - begin));  // a true comparison is -1
-            x.part[c] *= choose(magnitudes(x.part[c]) >= least, scale, zero);
-        }
+        alignas(64) float kept[kGroup];
+#pragma GCC unroll 16
+        for (int c = 0; c < kParts; c++) std::memcpy(kept + kLanes * c, &x.part[c], sizeof(Floats));
+        for (int64_t j = 0; j < kGroup; j++)
+            kept[j] = magnitude(kept[j]) >= trim.limit + (begin + j > trim.last) ? trim.scale : 0.0f;
+#pragma GCC unroll 16
+        for (int c = 0; c < kParts; c++) x.part[c] *= vector(kept + kLanes * c);
     } else if (trim.kept == kRandom) {
         alignas(64) float kept[kGroup];
         const uint64_t key = trim.key, counter = uint64_t(begin);
@@ -187,11 +195,11 @@ inline void trim_group(const Trim& trim, const Group& base, int64_t begin, Group
         const float factor = trim.scale;
 #pragma omp simd
         for (int64_t j = 0; j < kGroup; j++) kept[j] = int32_t(random_bits(key, counter + j)) < limit ? factor : 0.0f;
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) x.part[c] *= vector(kept + 16 * c);
+#pragma GCC unroll 16
+        for (int c = 0; c < kParts; c++) x.part[c] *= vector(kept + kLanes * c);
     } else {
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) x.part[c] *= scale;
+#pragma GCC unroll 16
+        for (int c = 0; c < kParts; c++) x.part[c] *= scale;
     }
 }
 
@@ -236,7 +244,7 @@ struct Counts {  // of the keys above, at and inside a bracket
 
 inline int32_t sum(Ints x) {
     int32_t total = 0;
-    for (int l = 0; l < 16; l++) total += x[l];
+    for (int l = 0; l < kLanes; l++) total += x[l];
     return total;
 }
 
@@ -247,7 +255,7 @@ Counts tally(const T* x, const float* base, int64_t n, Bracket bracket, int32_t*
     Ints above{}, from_high{}, above_low{}, from_low{};
     alignas(64) int32_t keys[kBlock];
     int64_t j = 0, done = 0;
-    for (; j + 16 <= n; j += 16) {
+    for (; j + kLanes <= n; j += kLanes) {
         __builtin_prefetch(x + j + kBlock);  // models take turns, which hides their next blocks from the hardware
         const Ints key = magnitudes(vector(x + j) - vector(base + j));
 #ifdef __AVX512F__
@@ -269,7 +277,7 @@ Counts tally(const T* x, const float* base, int64_t n, Bracket bracket, int32_t*
             if (__builtin_expect(number > 4, 0)) _mm512_storeu_si512(end, kept);
             end += number;
         }
-        done = j + 16;
+        done = j + kLanes;
 #else
         from_high -= key >= bracket.high;
         above_low -= key > bracket.low;
@@ -495,18 +503,23 @@ private:
 
 // ---- Sums in fixed order ----
 
-double sum(Doubles x) {
-    double total = 0;
-    for (int l = 0; l < 8; l++) total += x[l];
-    return total;
-}
+// A group of fp64 sums, added to element by element: the order is the same for vectors of any width.
+struct WideGroup {
+    double part[kGroup] = {};
 
-// Both halves of x, added in fp64.
-inline Doubles widened(Floats x) {
-    HalfFloats halves[2];
-    std::memcpy(halves, &x, sizeof x);
-    return __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
-}
+    void add(const Group& group) {
+        alignas(64) float x[kGroup];
+        std::memcpy(x, &group, sizeof x);
+#pragma omp simd
+        for (int64_t j = 0; j < kGroup; j++) part[j] += double(x[j]);
+    }
+
+    double sum() const {
+        double total = 0;
+        for (double x : part) total += x;
+        return total;
+    }
+};
 
 // `sums` (width,) = fp64 sums over chunks of what f(begin, n, sums, thread) adds for every block, chunk by chunk in order.
 template <class F>
@@ -528,17 +541,21 @@ std::vector<double> sums_over_chunks(const Merge& merge, int64_t width, int64_t 
 std::vector<double> ratios(const Merge& merge, const Trim* trims) {
     const auto add = [&](int64_t begin, int64_t n, float*, double* sums) {
         for (int64_t i = 0; i < merge.count; i++) {
-            Doubles before{}, after{};
+            WideGroup before, after;
             for (int64_t j = 0; j < n; j += kGroup) {
-                Group base, x;
+                Group base, x, size;
                 read(merge.base, begin + j, n - j, base);
                 read(merge.models[i], begin + j, n - j, x);
-                for (int c = 0; c < 4; c++) before += widened((Floats)magnitudes(x.part[c] - base.part[c]));
+#pragma GCC unroll 16
+                for (int c = 0; c < kParts; c++) size.part[c] = (Floats)magnitudes(x.part[c] - base.part[c]);
+                before.add(size);
                 trim_group(trims[i], base, begin + j, x);
-                for (int c = 0; c < 4; c++) after += widened((Floats)magnitudes(x.part[c]));
+#pragma GCC unroll 16
+                for (int c = 0; c < kParts; c++) size.part[c] = (Floats)magnitudes(x.part[c]);
+                after.add(size);
             }
-            sums[2 * i] += sum(before);
-            sums[2 * i + 1] += sum(after);
+            sums[2 * i] += before.sum();
+            sums[2 * i + 1] += after.sum();
         }
     };
     const std::vector<double> sums = sums_over_chunks(merge, 2 * merge.count, merge.count, add);
@@ -564,20 +581,20 @@ struct Combination {
 // not agree.
 inline void elect(const std::vector<Group>& products, const Combination& how, Group& total) {
     const Floats zero{}, one = zero + 1;
-    Floats vote[4], agreed[4]{}, divisor[4]{};
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) vote[c] = choose(total.part[c] >= 0, one, -one);
+    Floats vote[kParts], agreed[kParts]{}, divisor[kParts]{};
+#pragma GCC unroll 16
+    for (int c = 0; c < kParts; c++) vote[c] = choose(total.part[c] >= 0, one, -one);
     for (size_t i = 0; i < products.size(); i++) {
         const Floats weight = zero + how.weights[i];
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) {
+#pragma GCC unroll 16
+        for (int c = 0; c < kParts; c++) {
             const Ints agrees = products[i].part[c] * vote[c] > 0;
             agreed[c] += choose(agrees, products[i].part[c], zero);
             divisor[c] += choose(agrees, weight, zero);
         }
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kParts; c++) {
         const Ints small = (divisor[c] < 1e-8f) & (divisor[c] > -1e-8f);
         if (how.normalize) agreed[c] /= choose(small, one, divisor[c]);
         total.part[c] = choose(total.part[c] == total.part[c], agreed[c], total.part[c]);
@@ -599,17 +616,17 @@ void combine(const Merge& merge, const Trim* trims, const Combination& how) {
                     Group product;
                     read(merge.models[i], begin + j, n - j, product);
                     trim_group(trims[i], base, begin + j, product);
-#pragma GCC unroll 4
-                    for (int c = 0; c < 4; c++) total.part[c] += product.part[c];
+#pragma GCC unroll 16
+                    for (int c = 0; c < kParts; c++) total.part[c] += product.part[c];
                     if (how.elect) products[i] = product;
                 }
                 if (how.elect) elect(products, how, total);
-#pragma GCC unroll 4
-                for (int c = 0; c < 4; c++) {
+#pragma GCC unroll 16
+                for (int c = 0; c < kParts; c++) {
                     Floats value = total.part[c];
                     if (!how.elect && how.divisor != 1) value /= how.divisor;
                     if (merge.base.data) value = value * how.lam + base.part[c];
-                    std::memcpy(merged + j + 16 * c, &value, sizeof value);
+                    std::memcpy(merged + j + kLanes * c, &value, sizeof value);
                 }
             }
             write(merged, n, how.out, how.dtype, begin, past_caches);
@@ -666,7 +683,7 @@ HYPERLLAMA_API void hyperllama_merge_gram(const void* const* tensors, const int*
             if (j < n) read(merge.base, begin + j, n - j, base);
             for (int64_t i = 0; i < count; i++) {
                 if (j < n) read(merge.models[i], begin + j, n - j, x);
-                for (int c = 0; c < 4; c++) x.part[c] -= base.part[c];
+                for (int c = 0; c < kParts; c++) x.part[c] -= base.part[c];
                 std::memcpy(d + i * kBlock + j, &x, sizeof x);
             }
         }
@@ -674,10 +691,12 @@ HYPERLLAMA_API void hyperllama_merge_gram(const void* const* tensors, const int*
             for (int64_t o = 0; o <= i; o++) {
                 Group chains{};
                 for (int64_t j = 0; j < kBlock; j += kGroup)
-#pragma GCC unroll 4
-                    for (int c = 0; c < 4; c++)
-                        chains.part[c] += vector(d + i * kBlock + j + 16 * c) * vector(d + o * kBlock + j + 16 * c);
-                for (const Floats& chain : chains.part) sums[i * count + o] += sum(widened(chain));
+#pragma GCC unroll 16
+                    for (int c = 0; c < kParts; c++)
+                        chains.part[c] += vector(d + i * kBlock + j + kLanes * c) * vector(d + o * kBlock + j + kLanes * c);
+                WideGroup wide;
+                wide.add(chains);
+                sums[i * count + o] += wide.sum();
             }
     };
     const std::vector<double> sums = sums_over_chunks(merge, count * count, count * count, add);

@@ -16,8 +16,8 @@
     A divisor below 1e-8 in magnitude counts as 1 in task vectors (no model agrees: the base stays), not in linear.
 
 Tensors share one shape; their dtypes are free. Arithmetic is fp32 (fp64 when any input is fp64) in the order written, models
-one after another, rounded once, to the output dtype; gram sums fp32 products in short chains and those in fp64. A non-finite
-input element makes the output element non-finite, also where it was not kept.
+one after another, rounded once, to the output dtype; gram is fp64 from the differences on (C++: from chains of 16 fp32
+products on, 2e-8 of the norms off). A non-finite input element makes the output element non-finite, also where it was not kept.
 Sources: Wortsman et al. 2022 (linear), Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024, "Language
 models are super Mario" (DARE: kept at random, rescale "density"); edge cases and rescale "norm" are mergekit's, except that
 there the order among equal magnitudes is unspecified. CPU: C++ (fp32, bf16, fp16 in any mix), bit for bit the reference but for
@@ -38,7 +38,7 @@ SMALLEST_DIVISOR = 1e-8
 SMALLEST_NORM = 1e-7
 RESCALE = ("none", "density", "norm")
 CSRC_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK = 1 << 16  # elements that the reference of gram sums in fp32
+CHUNK = 1 << 18  # elements of each tensor that the reference of gram widens at a time
 
 
 def _arithmetic_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -203,7 +203,8 @@ def gram_reference(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
         deltas = torch.stack([tensor[part].to(dtype) for tensor in flat])
         if base is not None:
             deltas -= base.flatten()[part]
-        total += (deltas @ deltas.T).to(torch.float64)
+        wide = deltas.to(torch.float64)
+        total += wide @ wide.T
     return total
 
 
