@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kBlock = 1024;           // elements; fp32 blocks of a few models stay in L1
 constexpr int64_t kChunk = 64 * kBlock;    // elements of one fp64 partial sum
-constexpr int64_t kPastCaches = 8 << 20;   // bytes; a smaller output may well be read again from a cache
+constexpr int64_t kPastCaches = 4 << 20;   // bytes; a smaller output may well be read again from a cache
 constexpr int32_t kSign = 0x7FFFFFFF;      // all but the sign: |x| as an integer orders magnitudes, NaN last
 constexpr int32_t kNone = kSign - 1;       // a magnitude that none but some NaNs reach, and they stay visible anyway
 
@@ -207,17 +207,17 @@ inline void trim_group(const Trim& trim, const Group& base, int64_t begin, Group
 
 constexpr int64_t kBins = 4096;
 
-// The k-th largest of keys in [low, high], by histograms of ever narrower ranges: histogram(low, high, shift, counts) counts the
-// keys in [low, high] by (key - low) >> shift. `k` becomes the key's place among its equals, `equal` their number.
+// The k-th largest of keys in [low, high], by histograms of ever narrower ranges: histogram(low, shift, counts) is count_keys for
+// all keys. `k` becomes the key's place among its equals, `equal` their number.
 template <class F>
 int32_t kth_largest(int64_t& k, int64_t& equal, int32_t low, int32_t high, F histogram) {
-    std::vector<int64_t> counts(kBins);
+    std::vector<int64_t> counts(kBins + 1);
     for (;;) {
         int shift = 0;
         while ((int64_t(high) - low) >> shift >= kBins) shift++;
         std::fill(counts.begin(), counts.end(), 0);
-        histogram(low, high, shift, counts.data());
-        int64_t bin = kBins - 1;
+        histogram(low, shift, counts.data());
+        int64_t bin = (int64_t(high) - low) >> shift;  // keys above `high` may be in later ones
         while (k > counts[bin]) k -= counts[bin--];
         low += int32_t(bin << shift);
         high = int32_t(std::min<int64_t>(high, int64_t(low) + (int64_t(1) << shift) - 1));
@@ -228,9 +228,11 @@ int32_t kth_largest(int64_t& k, int64_t& equal, int32_t low, int32_t high, F his
     }
 }
 
-void count_keys(const int32_t* keys, int64_t n, int32_t low, int32_t high, int shift, int64_t* counts) {
+// Counts keys by (key - low) >> shift; those below `low` or beyond the bins, which is most in all but the first histogram, go to
+// one more bin.
+void count_keys(const int32_t* keys, int64_t n, int32_t low, int shift, int64_t* counts) {
     for (int64_t j = 0; j < n; j++)
-        if (keys[j] >= low && keys[j] <= high) counts[(keys[j] - low) >> shift]++;
+        counts[std::min((uint32_t(keys[j]) - uint32_t(low)) >> shift, uint32_t(kBins))]++;
 }
 
 struct Bracket {
@@ -399,7 +401,8 @@ private:
             part.begin = first, part.end = end;
             part.capacity = (end - first) * kBlock / 8 + 2 * kBlock;
             part.inside.reset(new int32_t[merge_.count * part.capacity]);
-            expect_writes(part.inside.get(), merge_.count * part.capacity * int64_t(sizeof(int32_t)));
+            if (part.capacity >= 4 << 20)  // a small part of it is used: a large page must be worth clearing
+                expect_writes(part.inside.get(), merge_.count * part.capacity * int64_t(sizeof(int32_t)));
             part.used.assign(merge_.count, 0);
             part.full.assign(merge_.count, 0);
             alignas(64) float base[kBlock];
@@ -430,17 +433,20 @@ private:
             limit = bracket.high, equal = high, k -= above;
         } else if (k > above && k <= above + high + inside && !full) {
             k -= above + high;
-            limit = kth_largest(k, equal, bracket.low, bracket.high, [&](int32_t from, int32_t to, int shift, int64_t* counts) {
+            limit = kth_largest(k, equal, bracket.low, bracket.high, [&](int32_t from, int shift, int64_t* counts) {
                 for (const Part& part : parts_)
                     if (part.begin < part.end)
-                        count_keys(part.inside.get() + i * part.capacity, part.used[i], from, to, shift, counts);
+                        count_keys(part.inside.get() + i * part.capacity, part.used[i], from, shift, counts);
             });
         } else if (k > above + high + inside && k <= above + high + inside + low) {
             limit = bracket.low, equal = low, k -= above + high + inside;
         } else {
             counted = false;
-            limit = kth_largest(k, equal, 0, kSign, [&](int32_t from, int32_t to, int shift, int64_t* counts) {
-                each_key_block(i, [&](int64_t, const int32_t* key, int64_t n) { count_keys(key, n, from, to, shift, counts); return false; });
+            limit = kth_largest(k, equal, 0, kSign, [&](int32_t from, int shift, int64_t* counts) {
+                each_key_block(i, [&](int64_t, const int32_t* key, int64_t n) {
+                    count_keys(key, n, from, shift, counts);
+                    return false;
+                });
             });
         }
         trims_[i].limit = std::min(limit, kNone);
