@@ -8,7 +8,7 @@ HYPERLLAMA_BACKEND force one.
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -61,8 +61,10 @@ def _known(name: str) -> str:
     return name
 
 
-def choose(implementations: Mapping[str, Callable[..., Any]], x: Tensor) -> Callable[..., Any]:
-    """The implementation that runs for tensors like `x`.
+def choose(
+    implementations: Mapping[str, Callable[..., Any]], x: Tensor, csrc_dtypes: Sequence[torch.dtype] = DTYPES["csrc"]
+) -> Callable[..., Any]:
+    """The implementation that runs for tensors like `x`; `csrc_dtypes` for an op whose C++ takes others than most.
 
     Raises HyperLlamaError when the forced one, or Triton for a CUDA tensor, is not there or can't run on x's device.
     """
@@ -72,7 +74,8 @@ def choose(implementations: Mapping[str, Callable[..., Any]], x: Tensor) -> Call
         raise HyperLlamaError("the backend csrc was asked for, but hyperllama was installed without a C++ compiler")
     if forced == "triton" and triton is None:
         raise HyperLlamaError("the backend triton was asked for, but Triton is not installed: pip install triton")
-    if name not in implementations or name == "reference" or x.dtype not in DTYPES[name]:
+    dtypes = {**DTYPES, "csrc": csrc_dtypes}
+    if name not in implementations or name == "reference" or x.dtype not in dtypes[name]:
         return implementations["reference"]
     if name == "triton" and triton is None:
         raise HyperLlamaError("CUDA tensors need Triton, which is not installed: pip install triton")

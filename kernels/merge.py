@@ -2,30 +2,43 @@
 
                                                   with normalize, the sum is divided by
     linear            sum_i w_i x_i               sum_i w_i
-    task_arithmetic   b + lam * sum_i w_i d_i     sum_i w_i                where d_i = x_i - b
-    ties              b + lam * sum_agree P_i     sum_agree w_i            where P_i = w_i s_i top_i(d_i)
+    task_arithmetic   b + lam * sum_i P_i         sum_i w_i                where P_i = w_i s_i kept_i(d_i), d_i = x_i - b
+    ties              b + lam * sum_agree P_i     sum_agree w_i
+    gram              <d_i, d_j> for all i, j     d_i = x_i without a base
 
-    top_i keeps the floor(density_i * n) elements of d_i that are largest in magnitude, over the whole tensor of n
-        elements; among equal magnitudes the lowest flat index first. floor(...) = 0 keeps nothing: the model adds 0.
-    s_i is |d_i|_1 / |top_i(d_i)|_1 with rescale (1 when either norm is below 1e-7), else 1.
+    kept_i by magnitude keeps the floor(density_i * n) elements of d_i that are largest in magnitude, over the whole tensor
+        of n elements; among equal magnitudes the lowest flat index first. floor(...) = 0 keeps nothing: the model adds 0.
+    kept_i at random keeps element j if uniform(key_i, j) < density_i (counter.py): no draw depends on another tensor,
+        on the order of the models or on the device. Without densities (task_arithmetic) everything is kept.
+    s_i with rescale "density" is 1 / density_i (1 where that is 0), which keeps the expected sum; with "norm" it is
+        |d_i|_1 / |kept_i(d_i)|_1 (1 when either is below 1e-7), from fp64 sums; with "none" it is 1.
     agree: element by element, models whose sign(P_i) is the vote, +1 if sum_i P_i >= 0 else -1; P_i = 0 never is.
     A divisor below 1e-8 in magnitude counts as 1 in task vectors (no model agrees: the base stays), not in linear.
 
-Tensors share one shape; their dtypes are free. Arithmetic is fp32 (fp64 when any input is fp64), rounded once, to the
-output dtype. A non-finite input element makes the output element non-finite, also where TIES would have dropped it.
-Sources: Wortsman et al. 2022 (linear), Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES); edge cases are
-mergekit's, except that there the order among equal magnitudes is unspecified. Reference only.
+Tensors share one shape; their dtypes are free. Arithmetic is fp32 (fp64 when any input is fp64) in the order written, models
+one after another, rounded once, to the output dtype; gram is fp64 from the differences on (C++: from chains of 16 fp32
+products on, 2e-8 of the norms off). A non-finite input element makes the output element non-finite, also where it was not kept.
+Sources: Wortsman et al. 2022 (linear), Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024, "Language
+models are super Mario" (DARE: kept at random, rescale "density"); edge cases and rescale "norm" are mergekit's, except that
+there the order among equal magnitudes is unspecified. CPU: C++ (fp32, bf16, fp16 in any mix), bit for bit the reference but for
+the last bits of the fp64 sums.
 """
 
 from collections.abc import Sequence
+from ctypes import c_double, c_int, c_int64, c_uint64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import define
+from hyperllama.kernels.backend import choose, csrc, define, pointer
+from hyperllama.kernels.counter import signed, uniform
 
 SMALLEST_DIVISOR = 1e-8
 SMALLEST_NORM = 1e-7
+RESCALE = ("none", "density", "norm")
+CSRC_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK = 1 << 18  # elements of each tensor that the reference of gram widens at a time
 
 
 def _arithmetic_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -47,6 +60,17 @@ def _check(tensors: Sequence[Tensor], *columns: Sequence[float]) -> None:
         raise ValueError(f"tensors to merge must have one shape, got {[tuple(tensor.shape) for tensor in tensors]}")
 
 
+def _check_trim(tensors: Sequence[Tensor], densities: Sequence[float], keys: Sequence[int], rescale: str) -> None:
+    if densities:
+        _check(tensors, densities)
+    if keys:
+        _check(tensors, densities, keys)
+    if not all(0 <= density <= 1 for density in densities):
+        raise ValueError(f"densities must be between 0 and 1, got {list(densities)}")
+    if rescale not in RESCALE:
+        raise ValueError(f"rescale is {rescale!r}, one of {', '.join(RESCALE)} was expected")
+
+
 def _task_divisor(weights: Sequence[float]) -> float:
     total = sum(weights)
     return total if abs(total) >= SMALLEST_DIVISOR else 1.0
@@ -56,30 +80,13 @@ def linear_reference(
     tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool, out_dtype: torch.dtype
 ) -> Tensor:
     """Weighted sum or mean, in plain torch."""
-    total = torch.zeros(tensors[0].shape, dtype=_arithmetic_dtype(tensors), device=tensors[0].device)
+    dtype = _arithmetic_dtype(tensors)
+    total = torch.zeros(tensors[0].shape, dtype=dtype, device=tensors[0].device)
     for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor, alpha=weight)
+        total += tensor.to(dtype) * weight
     if normalize:
         total /= sum(weights)
     return total.to(out_dtype)
-
-
-def task_arithmetic_reference(
-    base: Tensor,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    lam: float,
-    normalize: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Base plus the weighted sum or mean of the differences to it, in plain torch."""
-    base = base.to(_arithmetic_dtype([base, *tensors]))
-    total = torch.zeros_like(base)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor - base, alpha=weight)
-    if normalize:
-        total /= _task_divisor(weights)
-    return total.mul_(lam).add_(base).to(out_dtype)
 
 
 def largest(delta: Tensor, density: float) -> Tensor:
@@ -90,17 +97,63 @@ def largest(delta: Tensor, density: float) -> Tensor:
         return delta.isnan()
     magnitude = delta.abs().flatten()
     threshold = torch.kthvalue(magnitude, n - k + 1).values
-    above, tied = magnitude > threshold, magnitude == threshold
-    room = k - above.sum()
-    first_tied = tied & (tied.cumsum(0) <= room)
-    return (above | first_tied | magnitude.isnan()).view_as(delta)
+    above, tied = (magnitude > threshold) | magnitude.isnan(), magnitude == threshold
+    first_tied = tied & (tied.cumsum(0) <= k - above.sum())
+    return (above | first_tied).view_as(delta)
+
+
+def random_mask(shape: torch.Size, density: float, key: int, device: torch.device) -> Tensor:
+    """Mask that keeps every element with probability `density`, by the hash of (key, flat index)."""
+    return (uniform(key, torch.arange(shape.numel(), device=device)) < density).view(shape)
 
 
 def _rescale(delta: Tensor, kept: Tensor) -> Tensor:
-    """The factor that gives `kept` the L1 norm of `delta`; 1 when either norm is next to nothing."""
-    before, after = delta.abs().sum(), kept.abs().sum()
+    """The fp64 factor that gives `kept` the L1 norm of `delta`; 1 when either norm is next to nothing."""
+    before, after = delta.abs().sum(dtype=torch.float64), kept.abs().sum(dtype=torch.float64)
     small = (before < SMALLEST_NORM) | (after < SMALLEST_NORM)
     return torch.where(small, torch.ones_like(before), before / after.clamp(min=SMALLEST_NORM))
+
+
+def _trim(
+    delta: Tensor, index: int, densities: Sequence[float], keys: Sequence[int], rescale: str
+) -> tuple[Tensor, float | Tensor]:
+    """Mask of model number `index`, and the scale of what it keeps."""
+    if not densities:
+        return torch.ones((), dtype=torch.bool, device=delta.device), 1.0
+    density = densities[index]
+    mask = random_mask(delta.shape, density, keys[index], delta.device) if keys else largest(delta, density)
+    if rescale == "norm":
+        return mask, _rescale(delta, delta * mask)
+    return mask, 1 / density if rescale == "density" and density > 0 else 1.0
+
+
+def _product(delta: Tensor, mask: Tensor, scale: float | Tensor) -> Tensor:
+    """delta * scale where kept; a product and not a where on delta: NaN and infinity stay visible."""
+    scale = torch.as_tensor(scale, dtype=delta.dtype, device=delta.device)
+    return delta * torch.where(mask, scale, torch.zeros_like(scale))
+
+
+def task_arithmetic_reference(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    keys: Sequence[int],
+    lam: float,
+    normalize: bool,
+    rescale: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Base plus the weighted sum or mean of the trimmed differences to it, in plain torch."""
+    base = base.to(_arithmetic_dtype([base, *tensors]))
+    total = torch.zeros_like(base)
+    for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
+        delta = tensor - base
+        mask, scale = _trim(delta, i, densities, keys, rescale)
+        total += _product(delta, mask, scale * weight)
+    if normalize:
+        total /= _task_divisor(weights)
+    return total.mul_(lam).add_(base).to(out_dtype)
 
 
 def ties_reference(
@@ -108,9 +161,10 @@ def ties_reference(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
     densities: Sequence[float],
+    keys: Sequence[int],
     lam: float,
     normalize: bool,
-    rescale: bool,
+    rescale: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Trim, elect sign, merge, in plain torch.
@@ -121,44 +175,133 @@ def ties_reference(
     masks: list[Tensor] = []
     scales: list[Tensor | float] = []
     elected = torch.zeros_like(base)
-    for tensor, weight, density in zip(tensors, weights, densities, strict=True):
+    for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
         delta = tensor - base
-        masks.append(largest(delta, density))
-        kept = delta * masks[-1]
-        scales.append(_rescale(delta, kept) * weight if rescale else weight)
-        elected += kept * scales[-1]
+        mask, scale = _trim(delta, i, densities, keys, rescale)
+        masks.append(mask)
+        scales.append(scale * weight)
+        elected += _product(delta, mask, scales[-1])
     elected = torch.where(elected >= 0, 1.0, -1.0).to(base.dtype)
     total, divisor = torch.zeros_like(base), torch.zeros_like(base)
     for tensor, weight, mask, scale in zip(tensors, weights, masks, scales, strict=True):
-        product = (tensor - base) * mask * scale
+        product = _product(tensor - base, mask, scale)
         agrees = product.sign() == elected
-        total += product * agrees  # a product and not a where: NaN and infinity stay visible
+        total += product * agrees
         divisor.add_(agrees, alpha=weight)
     if normalize:
         total /= torch.where(divisor.abs() < SMALLEST_DIVISOR, 1.0, divisor)
     return total.mul_(lam).add_(base).to(out_dtype)
 
 
+def gram_reference(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
+    """Inner products of all pairs in plain torch, chunk by chunk."""
+    dtype = _arithmetic_dtype([*tensors, *([] if base is None else [base])])
+    total = torch.zeros(len(tensors), len(tensors), dtype=torch.float64, device=tensors[0].device)
+    flat = [tensor.flatten() for tensor in tensors]
+    for start in range(0, flat[0].numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        deltas = torch.stack([tensor[part].to(dtype) for tensor in flat])
+        if base is not None:
+            deltas -= base.flatten()[part]
+        wide = deltas.to(torch.float64)
+        total += wide @ wide.T
+    return total
+
+
+def _csrc_inputs(tensors: Sequence[Tensor], base: Tensor | None) -> tuple[list[Tensor], Any, Any]:
+    """Contiguous models, then the base; their pointers, null for no base; and their dtypes."""
+    held = [tensor.contiguous() for tensor in (*tensors, *([] if base is None else [base]))]
+    pointers = (c_void_p * (len(tensors) + 1))(*[tensor.data_ptr() for tensor in held])
+    dtypes = (c_int * (len(tensors) + 1))(*[CSRC_DTYPES.index(tensor.dtype) for tensor in held])
+    return held, pointers, dtypes
+
+
+def _merge_csrc(
+    base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], densities: Sequence[float],
+    keys: Sequence[int], lam: float, normalize: bool, rescale: str, out_dtype: torch.dtype, elect: bool, divisor: float,
+) -> Tensor:  # fmt: skip
+    _held, pointers, dtypes = _csrc_inputs(tensors, base)
+    out, count = torch.empty(tensors[0].shape, dtype=out_dtype), len(tensors)
+    csrc("merge")(
+        pointers, dtypes, c_int64(count), c_int64(out.numel()), (c_double * count)(*weights),
+        (c_double * count)(*densities), (c_uint64 * count)(*keys), 2 if keys else int(bool(densities)),
+        RESCALE.index(rescale), int(elect), int(normalize), c_double(divisor), c_double(lam), pointer(out),
+        CSRC_DTYPES.index(out_dtype), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _linear_csrc(
+    tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool, out_dtype: torch.dtype
+) -> Tensor:
+    divisor = sum(weights) if normalize else 1.0
+    return _merge_csrc(None, tensors, weights, [], [], 1.0, normalize, "none", out_dtype, False, divisor)
+
+
+def _task_arithmetic_csrc(
+    base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], densities: Sequence[float], keys: Sequence[int],
+    lam: float, normalize: bool, rescale: str, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    divisor = _task_divisor(weights) if normalize else 1.0
+    return _merge_csrc(base, tensors, weights, densities, keys, lam, normalize, rescale, out_dtype, False, divisor)
+
+
+def _ties_csrc(
+    base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], densities: Sequence[float], keys: Sequence[int],
+    lam: float, normalize: bool, rescale: str, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return _merge_csrc(base, tensors, weights, densities, keys, lam, normalize, rescale, out_dtype, True, 1.0)
+
+
+def _gram_csrc(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
+    held, pointers, dtypes = _csrc_inputs(tensors, base)
+    out = torch.empty(len(tensors), len(tensors), dtype=torch.float64)
+    csrc("merge_gram")(
+        pointers, dtypes, c_int64(len(tensors)), c_int64(held[0].numel()), pointer(out), torch.get_num_threads()
+    )
+    return out
+
+
+def _launcher(reference: Any, kernel: Any) -> Any:
+    """Runs `kernel` where csrc takes all of the dtypes, else `reference`."""
+
+    def launch(*inputs: Any) -> Any:
+        tensors = [t for x in inputs for t in (x if isinstance(x, Sequence) else [x]) if isinstance(t, Tensor)]
+        dtypes = {tensor.dtype for tensor in tensors} | {x for x in inputs if isinstance(x, torch.dtype)}
+        fits = dtypes <= set(CSRC_DTYPES)
+        implementations = {"reference": reference} | ({"csrc": kernel} if fits else {})
+        return choose(implementations, tensors[0], CSRC_DTYPES)(*inputs)
+
+    return launch
+
+
 def _like(first: Tensor, dtype: torch.dtype) -> Tensor:
     return first.new_empty(first.shape, dtype=dtype)
 
 
+_TASK_VECTORS = (
+    "(Tensor base, Tensor[] tensors, float[] weights, float[] densities, int[] keys, float lam, bool normalize, "
+    "str rescale, ScalarType out_dtype) -> Tensor"
+)
 _linear = define(
     "merge_linear(Tensor[] tensors, float[] weights, bool normalize, ScalarType out_dtype) -> Tensor",
-    linear_reference,
+    _launcher(linear_reference, _linear_csrc),
     lambda tensors, weights, normalize, out_dtype: _like(tensors[0], out_dtype),
 )
 _task_arithmetic = define(
-    "merge_task_arithmetic(Tensor base, Tensor[] tensors, float[] weights, float lam, bool normalize, "
-    "ScalarType out_dtype) -> Tensor",
-    task_arithmetic_reference,
-    lambda base, tensors, weights, lam, normalize, out_dtype: _like(base, out_dtype),
+    "merge_task_arithmetic" + _TASK_VECTORS,
+    _launcher(task_arithmetic_reference, _task_arithmetic_csrc),
+    lambda base, *options: _like(base, options[-1]),
 )
 _ties = define(
-    "merge_ties(Tensor base, Tensor[] tensors, float[] weights, float[] densities, float lam, bool normalize, bool rescale, "
-    "ScalarType out_dtype) -> Tensor",
-    ties_reference,
-    lambda base, tensors, weights, densities, lam, normalize, rescale, out_dtype: _like(base, out_dtype),
+    "merge_ties" + _TASK_VECTORS,
+    _launcher(ties_reference, _ties_csrc),
+    lambda base, *options: _like(base, options[-1]),
+)
+_gram = define(
+    "merge_gram(Tensor? base, Tensor[] tensors) -> Tensor",
+    _launcher(gram_reference, _gram_csrc),
+    lambda base, tensors: tensors[0].new_empty((len(tensors), len(tensors)), dtype=torch.float64),
 )
 
 
@@ -182,15 +325,23 @@ def task_arithmetic(
     lam: float = 1.0,
     normalize: bool = False,
     out_dtype: torch.dtype | None = None,
+    *,
+    densities: Sequence[float] = (),
+    keys: Sequence[int] = (),
+    rescale: str = "none",
 ) -> Tensor:
     """`base` plus `lam` times the weighted sum (mean with `normalize`) of the differences to it.
 
-    `out_dtype` defaults to the common dtype of the inputs. Raises ValueError for unequal shapes or lengths.
-    Source: Ilharco et al. 2023, "Editing models with task arithmetic".
+    `densities` in [0, 1] keep that share of each difference: the largest magnitudes or, with a 64-bit key per tensor, random
+    elements (DARE). `rescale` is "none", "density" or "norm", see the top of the file. `out_dtype` defaults to the common
+    dtype of the inputs. Raises ValueError for unequal shapes or lengths, densities out of range or another `rescale`.
+    Sources: Ilharco et al. 2023, "Editing models with task arithmetic"; Yu et al. 2024 (DARE).
     """
     _check([*tensors, base], [*weights, 0.0])
+    _check_trim(tensors, densities, keys, rescale)
     out_dtype = out_dtype or common_dtype([base.dtype, *(t.dtype for t in tensors)])
-    return _task_arithmetic(base, tensors, weights, lam, normalize, out_dtype)
+    keys = [signed(key) for key in keys]
+    return _task_arithmetic(base, tensors, weights, densities, keys, lam, normalize, rescale, out_dtype)
 
 
 def ties(
@@ -200,15 +351,30 @@ def ties(
     densities: Sequence[float],
     lam: float = 1.0,
     normalize: bool = True,
-    rescale: bool = False,
+    rescale: str = "none",
     out_dtype: torch.dtype | None = None,
+    *,
+    keys: Sequence[int] = (),
 ) -> Tensor:
     """`base` plus `lam` times the trimmed, sign-elected, averaged differences to it; formula at the top of the file.
 
-    `densities` in [0, 1]; `out_dtype` defaults to the common dtype of the inputs.
-    Raises ValueError for unequal shapes or lengths.
-    Source: Yadav et al. 2023, "TIES-merging".
+    `densities` in [0, 1]; with a 64-bit key per tensor the kept elements are random (DARE), else the largest. `rescale` is
+    "none", "density" or "norm". `out_dtype` defaults to the common dtype of the inputs.
+    Raises ValueError for unequal shapes or lengths, densities out of range or another `rescale`.
+    Sources: Yadav et al. 2023, "TIES-merging"; Yu et al. 2024 (DARE).
     """
     _check([*tensors, base], [*weights, 0.0], [*densities, 0.0])
+    _check_trim(tensors, densities, keys, rescale)
     out_dtype = out_dtype or common_dtype([base.dtype, *(t.dtype for t in tensors)])
-    return _ties(base, tensors, weights, densities, lam, normalize, rescale, out_dtype)
+    keys = [signed(key) for key in keys]
+    return _ties(base, tensors, weights, densities, keys, lam, normalize, rescale, out_dtype)
+
+
+def gram(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
+    """Inner products (N, N) fp64 of N tensors of one shape, or of their differences to `base`.
+
+    Norms, angles and every merge that is a linear combination by them (slerp, model stock) follow from it.
+    Raises ValueError for unequal shapes.
+    """
+    _check([*tensors, *([] if base is None else [base])])
+    return _gram(base, tensors)

@@ -68,7 +68,7 @@ def _ties(
         _column(values, "density"),
         float(merge["lambda"]),
         bool(merge["normalize"]),
-        bool(merge["rescale"]),
+        "norm" if merge["rescale"] else "none",
         dtype,
     )
 
