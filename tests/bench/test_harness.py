@@ -190,7 +190,7 @@ def test_results_file_comes_back_as_written(tmp_path: Path, monkeypatch: pytest.
 
 def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text('{"schema": 0}')
-    with pytest.raises(ValueError, match="schema 0, 1 was expected"):
+    with pytest.raises(ValueError, match="schema 0, 2 was expected"):
         read_results(tmp_path / "old.json")
 
 
