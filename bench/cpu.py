@@ -59,6 +59,7 @@ class Job:
     quick: int
     warmup: int = 1
     min_sample: float = 2e-3  # seconds
+    without: tuple[str, ...] = ()  # providers that are left out
 
 
 def op_jobs() -> list[Job]:
@@ -104,7 +105,8 @@ def step_jobs(quick: bool) -> list[Job]:
         targets = dict(zip(("transformers", "transformers compiled", "matmul"), floors, strict=True))
         make = partial(step_case, model, shape, windows, dtype, targets, peers)
         name = f"step {model} {shape.max_position_embeddings} {dtype_name(dtype)}"
-        jobs.append(Job(name, make, rounds, few, warmup, sample))
+        without = tuple(peer for peer in PEERS if peer not in peers)
+        jobs.append(Job(name, make, rounds, few, warmup, sample, without))
     return jobs
 
 
@@ -182,9 +184,8 @@ def main() -> int:
     print(table(results), judgement(results), sep="\n\n")
     if arguments.quick:
         left = [job.name for job in named if not job.quick]
-        print(
-            f"\nleft out by --quick: compiled and plain-torch providers of 15M and 180M; {', '.join(left) or 'no case'}"
-        )
+        left += [f"{peer} in {job.name}" for job in jobs for peer in job.without]
+        print(f"\nleft out by --quick: {', '.join(left) or 'nothing'}")
     if path:
         print(path)
     return 1 if missed(results) else 0

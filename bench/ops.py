@@ -173,7 +173,7 @@ def softmax_gradient_case(c: ModelConfig, dtype: torch.dtype, traffic: int) -> C
 
 def embedding_backward_case(c: ModelConfig, dtype: torch.dtype, traffic: int) -> Case:
     """dy added to the rows of the fp32 table that random tokens name; each row named is read and written once."""
-    rows = _rows(traffic, c.hidden_size * (dtype.itemsize + 8))  # rarely named twice, so about right, and counted below
+    rows = _rows(traffic, c.hidden_size * dtype.itemsize)  # dy alone; how many rows they name is only known below
     ids = torch.randint(c.vocab_size, (1, rows), generator=torch.Generator().manual_seed(0))
     dy = _random(dtype, 1, rows, c.hidden_size)
     named = ids.unique().numel()

@@ -31,12 +31,14 @@ from .harness import Case, Target, Thunk, matmul_roof
 from .ops import dtype_name, relative_error
 
 LR, BETA1, BETA2, EPS, DECAY, CLIP = 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0
-PEERS = ("transformers", "transformers compiled", "reference", "csrc")
-MEMORY = 16 << 30  # bytes that the providers of a case may take together: they take turns, so all are there at once
+PEERS = ("transformers", "transformers compiled", "csrc", "reference")  # in the order in which memory is given out
+# bytes that are foreseen for a case, whose providers are all there at once because they take turns; the process was seen to
+# hold a fifth more (11.7 GiB where 9.9 were foreseen), so this keeps it below 16 GiB
+MEMORY = 12 << 30
 MATMUL = 2048
 # of loss, gradient norm and gradients, relative; two bf16 models round differently in every layer, and transformers' own
 # gradients and norm are rounded to bf16
-LIMITS = {torch.float32: (1e-5, 1e-4, 1e-3), torch.bfloat16: (2e-3, 2e-2, 1e-1)}
+LIMITS = {torch.float32: (1e-5, 1e-4, 1e-3), torch.bfloat16: (5e-4, 1e-2, 5e-2)}
 
 
 class Step(NamedTuple):
@@ -69,13 +71,16 @@ def step_case(
     ids, labels = torch.randint(config.vocab_size, (2, windows, seq_len), generator=torch.Generator().manual_seed(0))
     start = Arena(config, dtype, "cpu", training=False)
     Llama(config, start).init_weights(0)
-    # logits, their fp32 copy and its gradient are the largest tensors that come and go
-    used = arena_bytes(start.size, dtype, training=False) + 12 * tokens * config.vocab_size
+    used = start.bytes()
+    used += 12 * tokens * config.vocab_size  # logits, their fp32 copy and its gradient come and go
+    used += tokens * config.num_layers * (12 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize
 
     def reserve(n_bytes: int) -> None:
         nonlocal used
         if used + n_bytes > MEMORY:
-            raise MemoryError(f"{used + n_bytes >> 30} GB for this and the providers before it, {MEMORY >> 30} at most")
+            raise MemoryError(
+                f"{(used + n_bytes) / 2**30:.1f} GiB with the providers before it, {MEMORY / 2**30:.1f} at most"
+            )
         used += n_bytes
 
     def ours(backend: str) -> Callable[[], Thunk]:
@@ -94,7 +99,7 @@ def step_case(
 
     providers = {
         "transformers": theirs(compiled=False), "transformers compiled": theirs(compiled=True),
-        "reference": ours("reference"), "csrc": ours("csrc"),
+        "csrc": ours("csrc"), "reference": ours("reference"),
     }  # fmt: skip
     flops = windows * window_flops(config, seq_len, "causal")
     return Case(
