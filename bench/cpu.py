@@ -81,7 +81,7 @@ def op_jobs() -> list[Job]:
                     jobs.append(Job(name, make, 15, quick))
     for tokens, rounds, quick in ((1024, 0, 3), (2048, 7, 0)):
         name = f"linear_cross_entropy {tokens} {dtype_name(BF16)}"
-        jobs.append(Job(name, partial(linear_cross_entropy_case, tokens, M180, BF16), rounds, quick))
+        jobs.append(Job(name, partial(linear_cross_entropy_case, tokens, M180, BF16), rounds, quick, 0))
     return jobs
 
 
@@ -114,9 +114,10 @@ def keep_blocks() -> bool:
     """Make glibc keep freed blocks, big ones too, as long as a case runs; false where there is no glibc.
 
     By default a block of some MB comes fresh from the kernel at every call, and its page faults cost more than the op: csrc's
-    rms_norm reaches 13-18 % of copy bandwidth, and 83-85 % with kept blocks (AMD EPYC, 2 cores). Chosen for all providers
-    alike, because what is compared is the providers and not the kernel. transformers gains from it as well (demo bf16 504 ms
-    a step by default, 420 ms with kept blocks) and csrc less (404, 408): the choice is not in our favour.
+    rms_norm reaches 13-18 % of copy bandwidth, and 83-85 % with kept blocks (AMD EPYC, 2 virtual cores). Chosen for all
+    providers alike, because what is compared is the providers and not the kernel. It is not in our favour: transformers, which
+    allocates more, gains most (180M, seconds a step, by default and with kept blocks: transformers 9.6 and 4.8, csrc 6.8 and
+    5.2; demo bf16: 0.50 and 0.42, csrc 0.40 and 0.41). `--default-malloc` measures the other choice.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
