@@ -6,6 +6,9 @@ reference time / provider time, so above 1 is faster than the reference. Interva
 intervals of those medians: nothing is assumed about the distribution. Only a provider whose output passed the case's
 check has a ratio.
 
+Roofs (a copy, the bare matrix products) take turns with the providers, so that a share of a roof is a paired ratio like any
+other. Targets say how fast a provider has to be against another provider or a roof; they are judged on those medians.
+
     python -m bench.harness [--quick] [--device cuda] [--cold] [--graph] [--out bench/results]
 """
 
@@ -16,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -27,11 +30,28 @@ from hyperllama.files import write_json
 
 from .environment import device_slug, environment, without_paths
 
-SCHEMA = 1
+SCHEMA = 2
 FLUSH_BYTES = 256 << 20  # over three times a GPU's L2 (H200: 50 MB) and above the L3 of most CPUs
 
 Thunk = Callable[[], Any]
 Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Roof:
+    """Work that bounds a case. `scale` times its seconds is the least time of the case, which is what is recorded."""
+
+    setup: Callable[[], Thunk]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A provider is at least `least` times as fast as `against`, another provider or a roof; None: only told, not judged."""
+
+    provider: str
+    against: str
+    least: float | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,8 @@ class Case:
 
     `flops` and `bytes` are what the problem needs (FLOPs of its matrix products; least traffic), whatever a provider
     does. `providers` maps a name to a set-up that returns the thunk to time; the first one is the reference. A thunk
-    returns its output, and `check(output, reference's output)` says why it is wrong, or None.
+    returns its output, and `check(output, reference's output)` says why it is wrong, or None. `roofs` are timed in the
+    same turns, but do other work: they are not checked and have no ratio.
     """
 
     name: str
@@ -49,6 +70,8 @@ class Case:
     bytes: int
     providers: dict[str, Callable[[], Thunk]]
     check: Callable[[Any, Any], str | None] | None = None
+    roofs: dict[str, Roof] = field(default_factory=dict)
+    targets: tuple[Target, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -156,7 +179,7 @@ def run(
 
     A sample is the mean of as many calls as last `min_sample` seconds. `warmup` rounds are not kept. A provider that
     raises is left out, with its reason; one that fails the check is timed but has no ratio. A case without a check has
-    no ratios.
+    no ratios. A target is met or missed where both its sides ran; a provider that ran and failed the check misses it.
     """
     clock = clock or make_clock(device, cold=cold, cpu_time=cpu_time)
     thunks, reasons = _prepare(case, graph)
@@ -173,14 +196,14 @@ def run(
                 del thunks[name], samples[name]
                 continue
             if turn >= 0:
-                samples[name][turn] = took
+                samples[name][turn] = took * (case.roofs[name].scale if name in case.roofs else 1.0)
     base = samples.get(case.reference)
     providers: dict[str, Any] = {}
-    for name in case.providers:
+    for name in (*case.providers, *case.roofs):
         reason, ratio = reasons.get(name), None
-        if name in samples and reason is None and base is None:
+        if name in samples and name not in case.roofs and reason is None and base is None:
             reason = f"no ratio: the reference {case.reference} did not run"
-        if name in samples and reason is None and base is not None:
+        if name in samples and name not in case.roofs and reason is None and base is not None:
             ratio = median_interval([base[turn] / took for turn, took in samples[name].items()])
         providers[name] = {
             "reason": reason,
@@ -192,7 +215,22 @@ def run(
     return {
         "case": case.name, "params": case.params, "flops": case.flops, "bytes": case.bytes, "reference": case.reference,
         "device": device, "cold": cold, "graph": graph, "cpu_time": cpu_time, "rounds": rounds, "providers": providers,
+        "targets": [_judged(target, providers, base is not None) for target in case.targets],
     }  # fmt: skip
+
+
+def _judged(target: Target, providers: dict[str, Any], comparable: bool) -> Result:
+    """A target with what was measured of it: the median of the rounds' own ratios, and whether that is enough."""
+    ours, theirs = providers[target.provider], providers[target.against]
+    measured, met = None, None
+    if ours["reason"] is None and theirs["reason"] is None:
+        pairs = zip(theirs["samples"], ours["samples"], strict=True)
+        ratios = [other / own for other, own in pairs]
+        measured = median_interval(ratios)
+        met = None if target.least is None else median(ratios) >= target.least
+    elif ours["samples"] and ours["reason"] and comparable and target.least is not None:
+        met = False  # it ran and its output is wrong
+    return {**asdict(target), "measured": measured, "met": met}
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
@@ -219,6 +257,8 @@ def _prepare(case: Case, graph: bool) -> tuple[dict[str, Thunk], dict[str, str]]
             thunks[name] = graphed(thunk) if graph else thunk
         except Exception as error:
             reasons[name] = _reason(error)
+    for name, roof in case.roofs.items():
+        thunks[name] = graphed(roof.setup()) if graph else roof.setup()
     return thunks, reasons
 
 
@@ -236,11 +276,31 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {without_paths(first)}"
 
 
+def copy_roof(traffic: int, device: str = "cpu") -> Roof:
+    """A plain copy with `traffic` bytes read and written: the roof of anything memory-bound."""
+
+    def setup() -> Thunk:
+        source = torch.zeros(traffic // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return Roof(setup)
+
+
+def matmul_roof(flops: int, dtype: torch.dtype, size: int, device: str = "cpu") -> Roof:
+    """torch's square matrix product, scaled to `flops`: the roof of anything compute-bound."""
+
+    def setup() -> Thunk:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        return lambda: torch.mm(a, b, out=out)
+
+    return Roof(setup, flops / (2 * size**3))
+
+
 def copy_bandwidth(device: str = "cpu", size: int = FLUSH_BYTES, rounds: int = 9) -> dict[str, Any]:
-    """Bytes per second of a plain copy on a device, reads and writes counted: the roof of anything memory-bound."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    case = Case("copy", {}, 0, 2 * size, {"copy": lambda: lambda: target.copy_(source)})
+    """Bytes per second of a plain copy on a device, reads and writes counted."""
+    case = Case("copy", {}, 0, 2 * size, {"copy": copy_roof(2 * size, device).setup})
     seconds = run(case, rounds=rounds, device=device)["providers"]["copy"]["seconds"]["median"]
     return {"bytes": 2 * size, "seconds": seconds, "bytes_per_second": 2 * size / seconds}
 
@@ -248,11 +308,9 @@ def copy_bandwidth(device: str = "cpu", size: int = FLUSH_BYTES, rounds: int = 9
 def matmul_rate(
     device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, rounds: int = 9
 ) -> dict[str, Any]:
-    """FLOPs per second of torch's square matrix product on a device: the roof of anything compute-bound."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
+    """FLOPs per second of torch's square matrix product on a device."""
     flops = 2 * size**3
-    case = Case("matmul", {}, flops, 0, {"matmul": lambda: lambda: torch.mm(a, b, out=out)})
+    case = Case("matmul", {}, flops, 0, {"matmul": matmul_roof(flops, dtype, size, device).setup})
     seconds = run(case, rounds=rounds, device=device)["providers"]["matmul"]["seconds"]["median"]
     kind = str(dtype).removeprefix("torch.")
     return {"dtype": kind, "size": size, "flops": flops, "seconds": seconds, "flops_per_second": flops / seconds}
@@ -285,28 +343,61 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 def table(results: list[Result]) -> str:
     """The results for a person: time, rates and ratio, each with its interval."""
-    lines = [["", "time", "95 % interval", "GB/s", "GFLOP/s", "ratio", "95 % interval", ""]]
+    lines = [["", "time", "95 % interval", "GB/s", "GFLOP/s", "tokens/s", "ratio", "95 % interval", ""]]
     for result in results:
-        shape = " ".join(f"{key}={value}" for key, value in result["params"].items())
         marks = [mark for mark in ("cold", "graph", "cpu_time") if result[mark]]
-        lines.append([" ".join([result["case"], shape, *marks])])
+        lines.append([" ".join([title(result), *marks])])
+        work = [result["bytes"] / 1e9, result["flops"] / 1e9, result["params"].get("tokens", 0)]
         for name, found in result["providers"].items():
             took, ratio = found["seconds"], found["ratio"]
-            cells = ["-"] * 6
+            cells = ["-"] * 7
             if took:
-                rates = [result[key] / took["median"] / 1e9 for key in ("bytes", "flops")]
+                rates = [amount / took["median"] for amount in work]
                 span = f"{_time(took['low'])} - {_time(took['high'])}" if took["low"] is not None else "-"
-                cells[:4] = [_time(took["median"]), span, *(f"{rate:.4g}" if rate else "-" for rate in rates)]
+                cells[:5] = [_time(took["median"]), span, *(f"{rate:.4g}" if rate else "-" for rate in rates)]
             if ratio:
                 span = f"{ratio['low']:.3f} - {ratio['high']:.3f}" if ratio["low"] is not None else "-"
-                cells[4:] = [f"{ratio['median']:.3f}", span]
+                cells[5:] = [f"{ratio['median']:.3f}", span]
             lines.append([f"  {name}", *cells, found["reason"] or ""])
-    columns = [line for line in lines if len(line) > 1]
-    widths = [max(len(line[i]) for line in columns) for i in range(7)]
+    return _aligned(lines)
+
+
+def judgement(results: list[Result]) -> str:
+    """Every target for a person: target, what was measured, and whether it is met."""
+    lines = [["target", "measured", "95 % interval", "met"]]
+    for result in results:
+        for target in result["targets"]:
+            measured, least, span = target["measured"], target["least"], "-"
+            if measured and measured["low"] is not None:
+                span = f"{measured['low']:.3f} - {measured['high']:.3f}"
+            lines.append([
+                f"{title(result)}: {target['provider']}{f' >= {least:.3g} x' if least else ' /'} {target['against']}",
+                f"{measured['median']:.3f}" if measured else "-",
+                span,
+                {True: "yes", False: "NO", None: "-"}[target["met"]],
+            ])  # fmt: skip
+    return _aligned(lines)
+
+
+def missed(results: list[Result]) -> int:
+    """How many targets were measured and missed."""
+    return sum(target["met"] is False for result in results for target in result["targets"])
+
+
+def title(result: Result) -> str:
+    """A case and its parameters on one line."""
+    return " ".join([result["case"], *(f"{key}={value}" for key, value in result["params"].items())])
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Lines of one cell as they are, the others in columns: the first to the left, the last free, the rest to the right."""
+    width = len(lines[0])
+    widths = [max(len(line[i]) for line in lines if len(line) == width) for i in range(width - 1)]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:7], widths[1:]), *line[7:]]).rstrip()
+        line[0] if len(line) == 1 else
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:]), line[-1]]).rstrip()
         for line in lines
-    )
+    )  # fmt: skip
 
 
 def _time(seconds: float) -> str:

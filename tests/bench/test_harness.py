@@ -16,7 +16,20 @@ import torch
 
 from hyperllama.bench import harness
 from hyperllama.bench.environment import ROOT, device_slug, environment, without_paths
-from hyperllama.bench.harness import Case, CpuClock, median_interval, read_results, rotated, run, table, write_results
+from hyperllama.bench.harness import (
+    Case,
+    CpuClock,
+    Roof,
+    Target,
+    judgement,
+    median_interval,
+    missed,
+    read_results,
+    rotated,
+    run,
+    table,
+    write_results,
+)
 
 
 class World:
@@ -172,9 +185,51 @@ def test_without_a_check_or_a_reference_there_is_no_ratio() -> None:
     assert orphan["ratio"] is None and orphan["reason"] == "no ratio: the reference a did not run"
 
 
+def judged(world: World, *targets: Target, roofs: Any = None, **providers: Any) -> dict[str, Any]:
+    case = Case("work", {"n": 3}, 8, 16, providers, world.case().check, roofs or {}, targets)
+    return run(case, rounds=6, warmup=0, clock=world.clock)
+
+
+def test_a_target_is_judged_on_the_median_of_paired_ratios() -> None:
+    world = World()
+    drift = [1.0, 1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    slow, fast = world.provider("slow", drift), world.provider("fast", [took / 2 for took in drift])
+    targets = Target("fast", "slow", 2.0), Target("fast", "slow", 2.1), Target("fast", "slow", None)
+    result = judged(world, *targets, slow=slow, fast=fast)
+    assert [target["met"] for target in result["targets"]] == [True, False, None]
+    assert all(target["measured"] == {"median": 2.0, "low": 2.0, "high": 2.0} for target in result["targets"])
+    assert missed([result, result]) == 2
+    lines = judgement([result]).splitlines()
+    assert lines[1].startswith("work n=3: fast >= 2 x slow") and lines[1].split()[-1] == "yes"
+    assert lines[2].split()[-1] == "NO" and lines[3].startswith("work n=3: fast / slow") and lines[3].split()[-1] == "-"
+
+
+def test_a_roof_takes_turns_unchecked_and_counts_as_the_work_of_the_case() -> None:
+    world = World()
+    roofs = {"copy": Roof(world.provider("copy", [0.5], "other work"), scale=3.0)}
+    result = judged(world, Target("a", "copy", 0.75), roofs=roofs, a=world.provider("a", [2.0]))
+    assert world.calls[-2:] in (["a", "copy"], ["copy", "a"])
+    found = result["providers"]["copy"]
+    assert found["seconds"]["median"] == 1.5 and found["reason"] is None and found["ratio"] is None
+    assert result["targets"][0]["measured"]["median"] == 0.75 and result["targets"][0]["met"] is True
+
+
+def test_a_wrong_output_misses_its_target_and_what_did_not_run_is_not_judged() -> None:
+    world = World()
+    a, wrong = world.provider("a", [1.0], 5), world.provider("wrong", [0.1], 6)
+    targets = Target("wrong", "a", 2.0), Target("gone", "a", 2.0), Target("a", "gone", 2.0), Target("a", "wrong", 2.0)
+    result = judged(world, *targets, a=a, wrong=wrong, gone=refuse)
+    assert [target["met"] for target in result["targets"]] == [False, None, None, None]
+    assert all(target["measured"] is None for target in result["targets"])
+    orphan = judged(world, Target("a", "copy", 1.0), roofs={"copy": Roof(a)}, gone=refuse, a=a)
+    assert orphan["targets"][0]["met"] is None and missed([orphan]) == 0
+
+
 def test_results_file_comes_back_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
-    case = Case("work", {"n": 3}, 2**80 + 1, 2**70 + 1, {"a": world.provider("a", [0.1])})
+    case = Case(
+        "work", {"n": 3}, 2**80 + 1, 2**70 + 1, {"a": world.provider("a", [0.1])}, targets=(Target("a", "a", 1.0),)
+    )
     results = [run(case, rounds=7, clock=world.clock)]
     monkeypatch.setattr(sys, "argv", ["/home/someone/bench/ops.py", "--out", "/home/someone/results", "--rounds=7"])
     file = tmp_path / "deep" / "results.json"
@@ -190,7 +245,7 @@ def test_results_file_comes_back_as_written(tmp_path: Path, monkeypatch: pytest.
 
 def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text('{"schema": 0}')
-    with pytest.raises(ValueError, match="schema 0, 1 was expected"):
+    with pytest.raises(ValueError, match="schema 0, 2 was expected"):
         read_results(tmp_path / "old.json")
 
 
@@ -219,6 +274,8 @@ def test_table_shows_times_rates_ratios_and_reasons() -> None:
     assert "2 ms" in lines[2] and "1.000" in lines[2]
     assert "1 ms" in lines[3] and "2.000" in lines[3] and "1.6e-05" in lines[3] and "8e-06" in lines[3]
     assert lines[4].endswith("ImportError: no module in fast.py")
+    steps = Case("step", {"tokens": 512}, 8, 16, {"a": world.provider("a", [0.5])})
+    assert "1024" in table([run(steps, rounds=1, clock=world.clock)])
 
 
 def test_roofs_are_measured_in_whole_numbers_of_work() -> None:
@@ -236,5 +293,6 @@ def test_reference_and_kernel_of_rms_norm_agree_so_that_a_ratio_exists() -> None
 
 
 def test_runs_from_the_repository_root() -> None:
-    told = subprocess.run([sys.executable, "-m", "bench.harness", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode == 0 and "--quick" in told.stdout
+    for module in ("bench.harness", "bench.cpu"):
+        told = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert told.returncode == 0 and "--quick" in told.stdout
