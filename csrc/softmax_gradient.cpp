@@ -8,6 +8,30 @@ namespace hyperllama {
 
 constexpr int64_t kColumns = 4096;  // exponentials summed in fp32 before they go into the fp64 sum: short chains of rounding
 
+// The loops over columns stand alone, on plain arguments: inside a lambda their bounds and factors are captured by reference, and
+// the compiler, which has to expect that a store changes them, leaves the loop scalar (ten times slower).
+template <class T>
+static float largest(const T* row, int64_t cols, float scale) {
+    float peak = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : peak)
+    for (int64_t c = 0; c < cols; c++) peak = std::max(peak, load(row + c) * scale);
+    return peak;
+}
+
+template <class T>
+static float sum_of_exponentials(const T* row, int64_t cols, float scale, float peak) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < cols; c++) sum += exp_(load(row + c) * scale - peak);
+    return sum;
+}
+
+template <class T>
+static void to_gradient(T* row, int64_t cols, float scale, float peak, float factor) {
+#pragma omp simd
+    for (int64_t c = 0; c < cols; c++) store(row + c, exp_(load(row + c) * scale - peak) * factor);
+}
+
 // Loss of every row, and the gradient in the place of its logits; columns from `valid` on get none. Rows whose target is
 // `ignored` get zeros. `wrong` is set when a target is outside the vocabulary.
 template <class T>
@@ -26,25 +50,17 @@ static void softmax_gradient(T* logits, const int64_t* targets, float* losses, i
                 if (gradient) std::memset(static_cast<void*>(row), 0, cols * sizeof(T));
                 continue;
             }
-            float peak = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : peak)
-            for (int64_t c = 0; c < valid; c++) peak = std::max(peak, load(row + c) * scale);
+            const float peak = largest(row, valid, scale);
             double total = 0;
-            for (int64_t first = 0; first < valid; first += kColumns) {
-                const int64_t last = std::min(first + kColumns, valid);
-                float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t c = first; c < last; c++) sum += exp_(load(row + c) * scale - peak);
-                total += sum;
-            }
+            for (int64_t first = 0; first < valid; first += kColumns)
+                total += sum_of_exponentials(row + first, std::min(kColumns, valid - first), scale, peak);
             const float log_total = float(std::log(total)), lse = log_total + peak;
             const float of_target = target < valid ? load(row + target) * scale - peak : -std::numeric_limits<float>::infinity();
             losses[r] = log_total - of_target + z_loss * lse * lse;
             if (!gradient) continue;
             const float factor = weight * scale * (1 + 2 * z_loss * lse) / float(total);
-#pragma omp simd
-            for (int64_t c = 0; c < valid; c++) store(row + c, exp_(load(row + c) * scale - peak) * factor);
-            for (int64_t c = valid; c < cols; c++) store(row + c, 0.0f);
+            to_gradient(row, valid, scale, peak, factor);
+            std::memset(static_cast<void*>(row + valid), 0, (cols - valid) * sizeof(T));
             store(row + target, (target < valid ? exp_(of_target) * factor : 0.0f) - weight * scale);
         }
     });
