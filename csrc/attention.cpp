@@ -4,32 +4,20 @@
 // Operands are held in 32-bit units along the summed dimension: an fp32 number, or a pair of bf16 where the CPU multiplies pairs.
 // Keys and values as "columns" are [panel][unit of h][key in panel], what scores read; as "rows" [unit of keys][h], what sums over
 // keys read. Scores and sums are fp32; the softmax sees whole rows, so no running maximum is corrected.
-#include "common.h"
+#include "vector.h"
 
 #include <cmath>
 #include <limits>
 #include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace hyperllama {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kTile = 8;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kTile = 6;
-#else
-constexpr int kLanes = 4, kTile = 6;
-#endif
+constexpr int kTile = kLanes == 16 ? 8 : 6;
 constexpr int64_t kPanel = 2 * kLanes;     // columns of a register tile of kTile rows
 constexpr int64_t kQueries = 8 * kTile;    // queries worked on at a time
 constexpr int64_t kKeys = kTile == 8 ? 256 : 240;  // keys at a time in the backward; also what keys are padded to
 constexpr int64_t kWhole = kTile == 8 ? kPanel : 3 * kPanel;  // whole panels and whole tiles
 static_assert(kKeys % kQueries % kTile == 0 && kKeys % kWhole == 0 && kWhole % kTile == 0 && kQueries % 2 == 0, "blocks are whole tiles");
-
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 struct __attribute__((may_alias)) Pair {
     uint32_t bits;
@@ -42,7 +30,7 @@ constexpr int64_t kNumbers<Pair> = 2;
 inline Vector multiply_add(Vector sum, float a, const float* b) { return sum + a * *(const Vector*)b; }
 
 // Numbers `column` and on of a row of units; the same for two rows, as one row of units that hold both.
-inline void put(float* row, int64_t column, Vector x) { *(Vector*)(row + column) = x; }
+inline void put_at(float* row, int64_t column, Vector x) { put(row + column, x); }
 inline void put_rows(float*, int64_t, Vector, Vector) {}  // an fp32 unit holds one row: it is there already
 
 #ifdef __AVX512BF16__
@@ -51,7 +39,7 @@ inline Vector multiply_add(Vector sum, Pair a, const Pair* b) {
 }
 
 inline __m256i narrow(Vector x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
-inline void put(Pair* row, int64_t column, Vector x) { _mm256_storeu_si256((__m256i*)((char*)row + 2 * column), narrow(x)); }
+inline void put_at(Pair* row, int64_t column, Vector x) { _mm256_storeu_si256((__m256i*)((char*)row + 2 * column), narrow(x)); }
 inline void put_rows(Pair* row, int64_t column, Vector x, Vector y) {
     const __m512i low = _mm512_cvtepu16_epi32(narrow(x)), high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(y)), 16);
     _mm512_storeu_si512(row + column, _mm512_or_si512(low, high));
@@ -83,33 +71,8 @@ inline void wide_tile(int64_t units, const U* a, int64_t ra, int64_t ca, const U
     if (d < head) tile<kTile, 1>(units, a, ra, ca, b + d, head, c + d, head, add);
 }
 
-inline Vector larger(Vector a, Vector b) { return a < b ? b : a; }
-
-// e^x for x <= 0 (and what rounding makes of it); below 2^-126 it is 0. NaN stays NaN. The polynomial's relative error is 2e-9, or
-// 8e-5 where the result is rounded to bf16.
 template <class U>
-inline Vector exponential(Vector x) {
-    constexpr float magic = 12582912.0f + 127, log2_e = 1.44269504f;  // the sum's last bits are the exponent of 2^round(x log2 e)
-    x = x < -88.1f ? Vector{} - 88.1f : x;                            // whose exponent is that of 0
-    Vector sum = x * log2_e + magic, f = x * log2_e - (sum - magic), p;
-    if (kNumbers<U> == 2)
-        p = ((0.05517166853f * f + 0.242611140f) * f + 0.69326096773f) * f + 0.9999280572f;
-    else
-        p = (((((1.5345812426e-4f * f + 1.3399930904e-3f) * f + 9.6184890717e-3f) * f + 5.5503286421e-2f) * f + 0.24022646248f) * f +
-             0.69314718246f) * f + 1.0f;
-    return p * (Vector)((Integers)sum << 23);
-}
-
-template <int Lanes = kLanes / 2, class F>
-inline float reduce(Vector v, F f) {
-    Integers turned;
-    for (int i = 0; i < kLanes; i++) turned[i] = (i + Lanes) % kLanes;
-    v = f(v, __builtin_shuffle(v, turned));
-    if constexpr (Lanes > 1)
-        return reduce<Lanes / 2>(v, f);
-    else
-        return v[0];
-}
+using Held = std::conditional_t<kNumbers<U> == 2, bf16, float>;
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -212,15 +175,15 @@ static void forward(const Problem& p, const Task& task, const T* qkv, T* out, fl
             for (int64_t c = seen; c < whole; c++) row[c] = -std::numeric_limits<float>::infinity();
             Vector most = Vector{} - std::numeric_limits<float>::infinity(), total{};
             for (int64_t c = 0; c < seen; c += kLanes) most = larger(*(Vector*)(row + c), most);
-            const float peak = reduce(most, larger), shift = seen ? peak * p.scale : 0;
+            const float peak = largest(most), shift = seen ? peak * p.scale : 0;
             for (int64_t c = 0; c < seen; c += kLanes) {
-                Vector x = exponential<U>(*(Vector*)(row + c) * p.scale - shift);
+                Vector x = exponential<Held<U>>(*(Vector*)(row + c) * p.scale - shift);
                 total += x;
-                put(shares + r * (line / n), c, x);
+                put_at(shares + r * (line / n), c, x);
             }
             // a tile of rows reads as much of this one as of its last
-            for (int64_t c = whole; c < m + r / kTile * kTile + kTile; c += kLanes) put(shares + r * (line / n), c, Vector{});
-            const float sum = reduce(total, [](Vector a, Vector b) { return a + b; });
+            for (int64_t c = whole; c < m + r / kTile * kTile + kTile; c += kLanes) put_at(shares + r * (line / n), c, Vector{});
+            const float sum = hyperllama::sum(total);
             inverse[r] = 1 / sum;
             if (r < rows) lse[p.at(task.start + m + r, j)] = shift + std::log(sum);
         }
@@ -286,7 +249,7 @@ static void backward(const Problem& p, const Task& task, const T* dy, const T* q
                 const int64_t seen = r < rows ? std::max<int64_t>(0, std::min(columns, m + r + 1 - k)) : 0;
                 int64_t c = 0;
                 for (; c < seen; c += kLanes) {
-                    Vector x = exponential<U>(*(Vector*)(share + c) * p.scale - shift[r]);
+                    Vector x = exponential<Held<U>>(*(Vector*)(share + c) * p.scale - shift[r]);
                     Vector y = x * (*(Vector*)(score + c) - inner[r]);
                     *(Vector*)(share + c) = x;
                     *(Vector*)(score + c) = y;
@@ -301,8 +264,8 @@ static void backward(const Problem& p, const Task& task, const T* dy, const T* q
                         const Vector y = *(Vector*)(scores + r * line + c), next_y = *(Vector*)(scores + (r + 1) * line + c);
                         put_rows(shares_by_query + r / 2 * line, c, x, next_x);
                         put_rows(scores_by_query + r / 2 * line, c, y, next_y);
-                        put(by_key + r * key_line, c, y);
-                        put(by_key + (r + 1) * key_line, c, next_y);
+                        put_at(by_key + r * key_line, c, y);
+                        put_at(by_key + (r + 1) * key_line, c, next_y);
                     }
             for (int64_t c = 0; c < columns; c += kTile) {
                 const int64_t first = std::max<int64_t>(0, k + c - m) / n;  // earlier queries don't see these keys

@@ -81,26 +81,6 @@ inline float rounded(float x) {
     return load(&result);
 }
 
-// e^x to about one ulp, in operations that every instruction set has as vectors; NaN stays NaN, overflow is infinity, underflow 0.
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial fitted for least relative error (4e-9); 2^n in two halves.
-inline float exp_(float x) {
-    x = std::min(std::max(x, -104.0f), 89.5f);
-    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the sum has no bits left below one
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 0.00137514078958f;
-    p = p * r + 0.00836891634138f;
-    p = p * r + 0.0416695331092f;
-    p = p * r + 0.1666651846f;
-    p = p * r + 0.499999885951f;
-    p = p * (r * r) + r + 1.0f;
-    int32_t whole = int32_t(n), half = whole >> 1;
-    int32_t bits_a = (half + 127) << 23, bits_b = (whole - half + 127) << 23;
-    float a, b;
-    std::memcpy(&a, &bits_a, 4);
-    std::memcpy(&b, &bits_b, 4);
-    return p * a * b;
-}
-
 // Waking a thread costs about as much as this many elements of work.
 constexpr int64_t kElementsPerThread = 16384;
 

@@ -1,45 +1,55 @@
 // rms_norm: see kernels/rms_norm.py for the formulas. Rows are contiguous; arithmetic is fp32, rounded once.
-#include "common.h"
+#include "vector.h"
 
 #include <cmath>
 #include <vector>
 
 namespace hyperllama {
 
+// stream = x + residual, where there is one, and y = stream * weight / its root mean square: the inverse of that root is returned.
+template <class T>
+static float row_forward(const T* x, const T* residual, const T* weight, T* y, T* stream, int64_t cols, float eps) {
+    const float squares = sum_over(cols, [=](int64_t c, auto n) {
+        Vector value = vector(x + c, n);
+        if (residual) {  // the norm reads what the stream keeps: the rounded sum
+            value = rounded(value + vector(residual + c, n), x);
+            put(stream + c, value, n);
+        }
+        return value * value;
+    });
+    const T* in = residual ? stream : x;
+    const float scale = 1.0f / std::sqrt(squares / float(cols) + eps);
+    each_vector(cols, [=](int64_t c, auto n) { put(y + c, vector(in + c, n) * scale * vector(weight + c, n), n); });
+    return scale;
+}
+
 template <class T>
 static void forward(const T* x, const T* residual, const T* weight, T* y, T* stream, float* rstd, int64_t rows, int64_t cols,
                     float eps, int threads) {
     parallel(rows, cols, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t r = begin; r < end; r++) {
-            const T* in = x + r * cols;
-            float sum = 0;
-            if (residual) {
-                const T* add = residual + r * cols;
-                T* out = stream + r * cols;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t c = 0; c < cols; c++) {
-                    store(out + c, load(in + c) + load(add + c));
-                    float value = load(out + c);  // the norm reads what the residual stream keeps: the rounded sum
-                    sum += value * value;
-                }
-                in = out;
-            } else {
-#pragma omp simd reduction(+ : sum)
-                for (int64_t c = 0; c < cols; c++) {
-                    float value = load(in + c);
-                    sum += value * value;
-                }
-            }
-            float scale = 1.0f / std::sqrt(sum / float(cols) + eps);
-            rstd[r] = scale;
-            T* out = y + r * cols;
-#pragma omp simd
-            for (int64_t c = 0; c < cols; c++) store(out + c, load(in + c) * scale * load(weight + c));
+            const int64_t at = r * cols;
+            rstd[r] = row_forward(x + at, residual ? residual + at : nullptr, weight, y + at, residual ? stream + at : nullptr, cols, eps);
         }
     });
 }
 
 constexpr int64_t kBlock = 16;  // rows summed in fp32 before they go into the fp64 sums: short chains of rounding
+
+// dx of a row, plus the stream's own gradient where there is one; the row's part of dweight is added to `sums`.
+template <class T>
+static void row_backward(const T* dy, const T* dstream, const T* stream, const T* weight, float scale, T* dx, float* sums, int64_t cols) {
+    const float dot = sum_over(cols, [=](int64_t c, auto n) {
+        const Vector d = vector(dy + c, n), normed = vector(stream + c, n) * scale;
+        put(sums + c, vector(sums + c, n) + d * normed, n);
+        return d * vector(weight + c, n) * normed;
+    }) / float(cols);
+    each_vector(cols, [=](int64_t c, auto n) {
+        Vector d = (vector(dy + c, n) * vector(weight + c, n) - vector(stream + c, n) * scale * dot) * scale;
+        if (dstream) d += vector(dstream + c, n);
+        put(dx + c, d, n);
+    });
+}
 
 // partial: (threads, cols) fp64 zeros; dweight: their sum in thread order, so the bits depend only on shape and threads.
 template <class T>
@@ -50,32 +60,11 @@ static void backward(const T* dy, const T* dstream, const T* stream, const T* we
         float* sums = block.data();
         double* total = partial + thread * cols;
         for (int64_t r = begin; r < end; r++) {
-            const T *in = stream + r * cols, *grad = dy + r * cols;
-            T* out = dx + r * cols;
-            float scale = rstd[r], dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (int64_t c = 0; c < cols; c++) {
-                float g = load(grad + c), normed = load(in + c) * scale;
-                dot += g * load(weight + c) * normed;
-                sums[c] += g * normed;
-            }
-            dot /= float(cols);
-            if (dstream) {
-                const T* add = dstream + r * cols;
-#pragma omp simd
-                for (int64_t c = 0; c < cols; c++)
-                    store(out + c, (load(grad + c) * load(weight + c) - load(in + c) * scale * dot) * scale + load(add + c));
-            } else {
-#pragma omp simd
-                for (int64_t c = 0; c < cols; c++)
-                    store(out + c, (load(grad + c) * load(weight + c) - load(in + c) * scale * dot) * scale);
-            }
+            const int64_t at = r * cols;
+            row_backward(dy + at, dstream ? dstream + at : nullptr, stream + at, weight, rstd[r], dx + at, sums, cols);
             if ((r - begin) % kBlock == kBlock - 1 || r == end - 1) {
-#pragma omp simd
-                for (int64_t c = 0; c < cols; c++) {
-                    total[c] += sums[c];
-                    sums[c] = 0;
-                }
+                for (int64_t c = 0; c < cols; c++) total[c] += sums[c];
+                std::fill(block.begin(), block.end(), 0.0f);
             }
         }
     });

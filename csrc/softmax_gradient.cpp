@@ -1,5 +1,5 @@
 // The pass between the GEMMs of linear_cross_entropy: see kernels/linear_cross_entropy.py for the formulas.
-#include "common.h"
+#include "vector.h"
 
 #include <cmath>
 #include <limits>
@@ -9,27 +9,36 @@ namespace hyperllama {
 constexpr int64_t kColumns = 4096;  // exponentials summed in fp32 before they go into the fp64 sum: short chains of rounding
 
 // The loops over columns stand alone, on plain arguments: inside a lambda their bounds and factors are captured by reference, and
-// the compiler, which has to expect that a store changes them, leaves the loop scalar (ten times slower).
+// the compiler, which has to expect that a store changes them, makes the loop many times slower.
 template <class T>
-static float largest(const T* row, int64_t cols, float scale) {
-    float peak = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : peak)
-    for (int64_t c = 0; c < cols; c++) peak = std::max(peak, load(row + c) * scale);
+static float peak_of(const T* row, int64_t cols, float scale) {
+    constexpr float least = -std::numeric_limits<float>::infinity();
+    Vector most = Vector{} + least;
+    int64_t c = 0;
+    for (; c + kLanes <= cols; c += kLanes) most = larger(vector(row + c) * scale, most);
+    float peak = largest(most);
+    for (; c < cols; c++) peak = std::max(peak, load(row + c) * scale);
     return peak;
 }
 
 template <class T>
 static float sum_of_exponentials(const T* row, int64_t cols, float scale, float peak) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < cols; c++) sum += exp_(load(row + c) * scale - peak);
+    Vector total{};
+    int64_t c = 0;
+    for (; c + kLanes <= cols; c += kLanes) total += exponential<float>(vector(row + c) * scale - peak);
+    float left[kLanes] = {};
+    if (c < cols) put(left, exponential<float>(vector(row + c, cols - c) * scale - peak));
+    float sum = hyperllama::sum(total);
+    for (int64_t i = 0; i < cols - c; i++) sum += left[i];
     return sum;
 }
 
 template <class T>
 static void to_gradient(T* row, int64_t cols, float scale, float peak, float factor) {
-#pragma omp simd
-    for (int64_t c = 0; c < cols; c++) store(row + c, exp_(load(row + c) * scale - peak) * factor);
+    each_vector(cols, [=](int64_t c, auto n) {
+        const Vector x = vector(row + c, n) * scale - peak;
+        put(row + c, exponential<T>(x) * factor, n);
+    });
 }
 
 // Loss of every row, and the gradient in the place of its logits; columns from `valid` on get none. Rows whose target is
@@ -50,7 +59,7 @@ static void softmax_gradient(T* logits, const int64_t* targets, float* losses, i
                 if (gradient) std::memset(static_cast<void*>(row), 0, cols * sizeof(T));
                 continue;
             }
-            const float peak = largest(row, valid, scale);
+            const float peak = peak_of(row, valid, scale);
             double total = 0;
             for (int64_t first = 0; first < valid; first += kColumns)
                 total += sum_of_exponentials(row + first, std::min(kColumns, valid - first), scale, peak);
@@ -61,7 +70,7 @@ static void softmax_gradient(T* logits, const int64_t* targets, float* losses, i
             const float factor = weight * scale * (1 + 2 * z_loss * lse) / float(total);
             to_gradient(row, valid, scale, peak, factor);
             std::memset(static_cast<void*>(row + valid), 0, (cols - valid) * sizeof(T));
-            store(row + target, (target < valid ? exp_(of_target) * factor : 0.0f) - weight * scale);
+            store(row + target, (target < valid ? exponential<float>(Vector{} + of_target)[0] * factor : 0.0f) - weight * scale);
         }
     });
 }

@@ -1,0 +1,168 @@
+// Vectors of one register, on every instruction set and with GCC and Clang: compilers take wider ones apart element by element.
+// For loops that gain from more than `omp simd` gives them: conversions of bf16 in one instruction, whole functions of vectors.
+#pragma once
+#include "common.h"
+
+#include <type_traits>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace hyperllama {
+namespace {  // every file compiles these with its own flags
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+inline Vector vector(const float* p) {
+    Vector x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+inline Vector vector(const bf16* p) {
+    Halves x;
+    std::memcpy(&x, p, sizeof x);
+#ifdef __AVX512F__
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);  // GCC 12 widens in four steps
+#else
+    return (Vector)(__builtin_convertvector(x, Bits) << 16);
+#endif
+}
+
+inline void put(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }
+
+// Round to nearest even, NaN stays NaN. Where the CPU has an instruction for it, subnormal results are 0.
+inline void put(bf16* p, Vector x) {
+#if defined(__AVX512BF16__)
+    const Halves y = (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+    const Bits bits = (Bits)x, nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const Bits y_bits = (bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : nearest;
+#ifdef __AVX512F__
+    const Halves y = (Halves)_mm512_cvtepi32_epi16((__m512i)y_bits);
+#else
+    const Halves y = __builtin_convertvector(y_bits, Halves);
+#endif
+#endif
+    std::memcpy(static_cast<void*>(p), &y, sizeof y);
+}
+
+// A whole vector, or its first n < kLanes numbers; the others are 0.
+typedef std::integral_constant<int64_t, kLanes> Whole;
+
+template <class T>
+inline Vector vector(const T* p, Whole) { return vector(p); }
+template <class T>
+inline Vector vector(const T* p, int64_t n) {
+    T padded[kLanes] = {};
+    std::memcpy(static_cast<void*>(padded), p, n * sizeof(T));
+    return vector(padded);
+}
+template <class T>
+inline void put(T* p, Vector x, Whole) { put(p, x); }
+template <class T>
+inline void put(T* p, Vector x, int64_t n) {
+    T padded[kLanes];
+    put(padded, x);
+    std::memcpy(static_cast<void*>(p), padded, n * sizeof(T));
+}
+
+// Calls f(c, n) for the vectors of `cols` numbers: n is Whole{} for all but what is left over.
+template <class F>
+inline void each_vector(int64_t cols, F f) {
+    int64_t c = 0;
+    for (; c + kLanes <= cols; c += kLanes) f(c, Whole{});
+    if (c < cols) f(c, cols - c);
+}
+
+inline Vector select(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
+inline Vector larger(Vector a, Vector b) { return select(a < b, b, a); }
+inline Vector absolute(Vector x) { return (Vector)((Integers)x & 0x7FFFFFFF); }
+// x or, where that is less, `least`; NaN stays NaN
+inline Vector at_least(float least, Vector x) {
+#ifdef __AVX512F__
+    return (Vector)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);  // GCC 12 compares and blends
+#else
+    return select(x < least, Vector{} + least, x);
+#endif
+}
+// x as T holds it, where T is what a stream of sums is kept in
+inline Vector rounded(Vector x, const float*) { return x; }
+inline Vector rounded(Vector x, const bf16*) {
+    bf16 kept[kLanes];
+    put(kept, x);
+    return vector(kept);
+}
+
+template <class F>
+inline float reduce(Vector v, F f) {
+    float x[kLanes];
+    std::memcpy(x, &v, sizeof v);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) x[i] = f(x[i], x[i + width]);
+    return x[0];
+}
+inline float sum(Vector v) {
+    return reduce(v, [](float a, float b) { return a + b; });
+}
+inline float largest(Vector v) {
+    return reduce(v, [](float a, float b) { return a < b ? b : a; });
+}
+
+// The sum of f(c, n) over the vectors of `cols` numbers: f gives 0 for what is left over. Short chains of rounding.
+template <class F>
+inline float sum_over(int64_t cols, F f) {
+    constexpr int64_t block = 32 * kLanes;
+    float total = 0;
+    for (int64_t first = 0; first < cols; first += block) {
+        Vector part{};
+        each_vector(std::min(block, cols - first), [&part, &f, first](int64_t c, auto n) { part += f(first + c, n); });
+        total += sum(part);
+    }
+    return total;
+}
+
+// What follows is to about one ulp for float, and to 1e-4 for bf16, whose own rounding is 20 times that.
+
+// e^x for x <= 0 (and what rounding makes of it); below 2^-126 it is 0. NaN stays NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial fitted for least relative error.
+template <class T>
+inline Vector exponential(Vector x) {
+    constexpr float magic = 12582912.0f + 127;  // 1.5 * 2^23: the sum has no bits left below one, and its last are n's exponent
+    constexpr float log2_e = 1.44269504f;
+    x = at_least(-88.1f, x);  // whose exponent is that of 0
+    const Vector shifted = x * log2_e + magic, n = shifted - magic;
+    Vector p;
+    if constexpr (std::is_same_v<T, bf16>) {
+        const Vector f = x * log2_e - n;
+        p = ((0.05517166853f * f + 0.242611140f) * f + 0.69326096773f) * f + 0.9999280572f;
+    } else {
+        const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+        p = (((0.00137514078958f * r + 0.00836891634138f) * r + 0.0416695331092f) * r + 0.1666651846f) * r + 0.499999885951f;
+        p = p * (r * r) + r + 1.0f;
+    }
+    return p * (Vector)((Integers)shifted << 23);
+}
+
+// 1 / x
+template <class T>
+inline Vector inverse(Vector x) {
+#ifdef __AVX512F__
+    if constexpr (std::is_same_v<T, bf16>) return (Vector)_mm512_rcp14_ps((__m512)x);
+#endif
+    return 1.0f / x;
+}
+
+}  // namespace
+}  // namespace hyperllama
