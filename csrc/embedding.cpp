@@ -1,14 +1,16 @@
-// The look-up's gradient: see kernels/embedding.py. Threads share the columns, so every sum is in the order of the ids.
+// The look-up's gradient: see kernels/embedding.py. Threads share the rows of the table, so every sum is in the order of the ids.
 #include "common.h"
+
+#include <vector>
 
 namespace hyperllama {
 
-constexpr int64_t kLine = 16;   // floats of a cache line, which no two threads write
-constexpr int64_t kAhead = 4;   // rows asked for before they are needed: ids are random, so the CPU can't foresee them
+constexpr int64_t kLine = 16;  // floats of a cache line
+constexpr size_t kAhead = 4;   // rows asked for before they are needed: ids are random, the CPU can't foresee them
 
 template <class T>
-static void add(float* to, const T* from, const float* next, int64_t cols) {
-    for (int64_t c = 0; c < cols; c += kLine) __builtin_prefetch(next + c, 1);
+static void add(float* to, const T* from, const float* later, int64_t cols) {
+    for (int64_t c = 0; c < cols; c += kLine) __builtin_prefetch(later + c, 1);
 #pragma omp simd
     for (int64_t c = 0; c < cols; c++) to[c] += load(from + c);
 }
@@ -18,11 +20,13 @@ template <class T>
 static bool embedding_backward(float* grad, const int64_t* ids, const T* dy, int64_t count, int64_t vocab, int64_t cols, int threads) {
     for (int64_t i = 0; i < count; i++)
         if (ids[i] < 0 || ids[i] >= vocab) return false;
-    parallel((cols + kLine - 1) / kLine, kLine * count, threads, [&](int64_t begin, int64_t end, int) {
-        const int64_t first = begin * kLine, width = std::min(end * kLine, cols) - first;
-        for (int64_t i = 0; i < count; i++) {
-            const float* next = grad + ids[std::min(i + kAhead, count - 1)] * cols + first;
-            add(grad + ids[i] * cols + first, dy + i * cols + first, next, width);
+    parallel(threads, count * cols / threads, threads, [&](int64_t begin, int64_t end, int) {
+        std::vector<int64_t> mine;
+        for (int64_t i = 0; i < count; i++)
+            if (ids[i] % threads >= begin && ids[i] % threads < end) mine.push_back(i);
+        for (size_t i = 0; i < mine.size(); i++) {
+            const float* later = grad + ids[mine[std::min(i + kAhead, mine.size() - 1)]] * cols;
+            add(grad + ids[mine[i]] * cols, dy + mine[i] * cols, later, cols);
         }
     });
     return true;

@@ -15,7 +15,7 @@ struct Sigmoid {
 
 template <class T>
 inline Sigmoid sigmoid(Vector x) {
-    const Vector e = exponential<T>(-absolute(x)), most = inverse<T>(1.0f + e), least = e * most;
+    const Vector e = exponential<T>(negative(x)), most = inverse<T>(1.0f + e), least = e * most;
     return {select(x < 0.0f, least, most), select(x < 0.0f, most, least)};
 }
 

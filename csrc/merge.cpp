@@ -1,13 +1,13 @@
 // merge: see kernels/merge.py for the formulas. Tensors of any mix of dtypes are read as fp32, a group of vectors at a time. Sums
-// have a fixed order and nothing is fused (see CMakeLists.txt): the bits depend on the inputs alone, not on threads or instruction
-// set. Bound by memory and, next, by stores to L1: what one model adds stays in registers where it can.
+// have a fixed order and nothing is fused (see CMakeLists.txt) but the sum of linear, on every instruction set: the bits depend on
+// the inputs alone, not on threads or instruction set. Bound by memory and, next, by stores to L1: what one model adds stays in registers where it can.
 #include "common.h"
 #include "counter.h"
 
 #include <cmath>
 #include <memory>
 #include <vector>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -64,6 +64,18 @@ inline Floats vector(const fp16* p) {
 }
 
 inline Floats choose(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
+
+// x * weight + total, rounded once.
+inline Floats fused(Floats x, Floats weight, Floats total) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)weight, (__m512)total);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)weight, (__m256)total);
+#else
+    for (int l = 0; l < kLanes; l++) total[l] = std::fma(x[l], weight[l], total[l]);
+    return total;
+#endif
+}
 
 inline Ints magnitudes(Floats x) { return (Ints)x & kSign; }
 
@@ -609,7 +621,7 @@ inline void elect(const std::vector<Group>& products, const Combination& how, Gr
 
 void combine(const Merge& merge, const Trim* trims, const Combination& how) {
     const int64_t bytes = merge.n * (how.dtype == kFloat32 ? 4 : 2);
-    const bool past_caches = bytes >= kPastCaches;
+    const bool past_caches = bytes >= kPastCaches, linear = !merge.base.data;
     if (past_caches) expect_writes(how.out, bytes);
     parallel(merge.blocks(), kBlock * merge.count, merge.threads, [&](int64_t first, int64_t end, int) {
         std::vector<Group> products(how.elect ? merge.count : 0);
@@ -621,6 +633,12 @@ void combine(const Merge& merge, const Trim* trims, const Combination& how) {
                 for (int64_t i = 0; i < merge.count; i++) {
                     Group product;
                     read(merge.models[i], begin + j, n - j, product);
+                    if (linear) {
+                        const Floats weight = Floats{} + trims[i].scale;
+#pragma GCC unroll 16
+                        for (int c = 0; c < kParts; c++) total.part[c] = fused(product.part[c], weight, total.part[c]);
+                        continue;
+                    }
                     trim_group(trims[i], base, begin + j, product);
 #pragma GCC unroll 16
                     for (int c = 0; c < kParts; c++) total.part[c] += product.part[c];

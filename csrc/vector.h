@@ -89,6 +89,7 @@ inline void each_vector(int64_t cols, F f) {
 inline Vector select(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
 inline Vector larger(Vector a, Vector b) { return select(a < b, b, a); }
 inline Vector absolute(Vector x) { return (Vector)((Integers)x & 0x7FFFFFFF); }
+inline Vector negative(Vector x) { return (Vector)((Integers)x | INT32_MIN); }  // -|x|
 // x or, where that is less, `least`; NaN stays NaN
 inline Vector at_least(float least, Vector x) {
 #ifdef __AVX512F__

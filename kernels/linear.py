@@ -3,14 +3,17 @@
     y = x W^T;   dx = dy W;   dW += dy^T x
 
 x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32: where the dtypes agree the product is accumulated by the GEMM
-itself (beta = 1, no further pass over dW); a bf16 product is rounded once and then added.
+itself (beta = 1, no further pass over dW); a bf16 product is rounded once and then added, by C++ on a CPU.
 """
 
+from ctypes import c_int64
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from hyperllama.kernels.backend import choose, csrc, pointer
 
 
 class _Accumulating(torch.autograd.Function):
@@ -32,7 +35,15 @@ def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
     if main_grad.dtype == dy.dtype:
         main_grad.addmm_(dy.t(), x)
     else:
-        main_grad.add_(dy.t() @ x)
+        product = dy.t() @ x
+        fits = (main_grad.dtype, product.dtype) == (torch.float32, torch.bfloat16) and main_grad.is_contiguous()
+        choose({"reference": Tensor.add_} | ({"csrc": _add_csrc} if fits else {}), product)(main_grad, product)
+
+
+def _add_csrc(main_grad: Tensor, product: Tensor) -> None:
+    csrc("accumulate")(
+        pointer(main_grad), pointer(product.contiguous()), c_int64(product.numel()), torch.get_num_threads()
+    )
 
 
 def linear(x: Tensor, weight: Tensor, *, main_grad: Tensor | None = None) -> Tensor:

@@ -16,8 +16,9 @@
     A divisor below 1e-8 in magnitude counts as 1 in task vectors (no model agrees: the base stays), not in linear.
 
 Tensors share one shape; their dtypes are free. Arithmetic is fp32 (fp64 when any input is fp64) in the order written, models
-one after another, rounded once, to the output dtype; gram is fp64 from the differences on (C++: from chains of 16 fp32
-products on, 2e-8 of the norms off). A non-finite input element makes the output element non-finite, also where it was not kept.
+one after another (linear's by fused multiply-add, as mergekit's), rounded once, to the output dtype; gram is fp64 from the
+differences on (C++: from chains of 16 fp32 products on, 2e-8 of the norms off). A non-finite input element makes the output
+element non-finite, also where it was not kept.
 Sources: Wortsman et al. 2022 (linear), Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024, "Language
 models are super Mario" (DARE: kept at random, rescale "density"); edge cases and rescale "norm" are mergekit's, except that
 there the order among equal magnitudes is unspecified. CPU: C++ (fp32, bf16, fp16 in any mix), bit for bit the reference but for
@@ -80,10 +81,9 @@ def linear_reference(
     tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool, out_dtype: torch.dtype
 ) -> Tensor:
     """Weighted sum or mean, in plain torch."""
-    dtype = _arithmetic_dtype(tensors)
-    total = torch.zeros(tensors[0].shape, dtype=dtype, device=tensors[0].device)
+    total = torch.zeros(tensors[0].shape, dtype=_arithmetic_dtype(tensors), device=tensors[0].device)
     for tensor, weight in zip(tensors, weights, strict=True):
-        total += tensor.to(dtype) * weight
+        total.add_(tensor, alpha=weight)
     if normalize:
         total /= sum(weights)
     return total.to(out_dtype)

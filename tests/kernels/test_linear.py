@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hyperllama.kernels.linear import linear
+from hyperllama.kernels.backend import use
+from hyperllama.kernels.linear import accumulate_product, linear
 from tests.kernels.truth import DTYPES, check, check_compiled
 
 
@@ -37,6 +38,25 @@ def test_accumulating_gradients_of_a_transposed_upstream(dtype):
         return [linear(x, weight)]
 
     check(accumulating, lambda x, w: [functional.linear(x, w)], [x.detach().t().contiguous().t(), weight.detach()])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 5), (17, 15), (33, 65), (300, 257)])
+@pytest.mark.parametrize("step", [1, 2])
+def test_csrc_adds_a_bf16_product_as_torch_does(shape, step):
+    """To the bit, from an odd address, also to a view with gaps; and nothing around it changes."""
+    rows, columns = shape
+    dy, x = torch.randn(7, rows).bfloat16(), torch.randn(7, columns).bfloat16()
+    before = torch.randn(step * rows * columns + 2)
+
+    def added(backend):
+        memory = before.clone()
+        with use(backend):
+            accumulate_product(memory[1:-1:step].view(shape), dy, x)
+        return memory
+
+    truth = before.clone()
+    truth[1:-1:step].view(shape).add_((dy.t() @ x).float())
+    assert torch.equal(added("csrc"), truth) and torch.equal(added("reference"), truth)
 
 
 def test_compiled_equals_eager():
