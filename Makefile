@@ -1,15 +1,18 @@
 # make demo   the whole path in small, on sample text: results and report in runs/demo
 # make test   lint, types, tests
 # make bench  benchmark the installed ops
+# make sanitize   the tests of the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # Each makes .venv when it is missing. A torch that is already there (in .venv, or in the Python that makes .venv) is kept;
 # otherwise torch is installed first, alone, so that nothing else can pull in a build of its own choice.
 
 PYTHON ?= python3
 BIN := .venv/bin
+CPP_TESTS := tests/kernels tests/merge tests/grow --ignore tests/kernels/test_interpreted.py
+CAPABILITIES ?= avx2 avx512
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench
+.PHONY: demo test bench sanitize
 
 demo: .venv/installed
 	$(BIN)/hyperllama experiment recipes/demo.yaml
@@ -21,6 +24,17 @@ test: .venv/installed-test
 
 bench: .venv/installed
 	$(BIN)/python -m bench.harness --quick
+
+# The first wrong access ends the run. Python and torch are not instrumented: the runtime is loaded before them (libstdc++ too, whose
+# throw it stands in for), and leaks are theirs.
+runtime = $$($(CXX) -print-file-name=$(1))
+SANITIZED := LD_PRELOAD="$(call runtime,libasan.so) $(call runtime,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	HYPERLLAMA_CSRC=build/sanitize/hyperllama/lib
+sanitize: .venv/installed-test
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --upgrade --target build/sanitize -C cmake.define.SANITIZE=ON .
+	for cpu in $(CAPABILITIES); do \
+		ATEN_CPU_CAPABILITY=$$cpu $(SANITIZED) $(BIN)/pytest --capture=sys $(CPP_TESTS) || exit 1; \
+	done
 
 .venv/torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) .venv
