@@ -42,18 +42,20 @@ inline Vector vector(const bf16* p) {
 
 inline void put(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }
 
-// Round to nearest even, NaN stays NaN. Where the CPU has an instruction for it, subnormal results are 0.
+// The bits of the nearest bf16, of two the even one; NaN stays NaN.
+inline Bits nearest(Vector x) {
+    const Bits bits = (Bits)x, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded;
+}
+
+// Rounded so. Where the CPU has an instruction for it, subnormal results are 0.
 inline void put(bf16* p, Vector x) {
 #if defined(__AVX512BF16__)
     const Halves y = (Halves)_mm512_cvtneps_pbh((__m512)x);
+#elif defined(__AVX512F__)
+    const Halves y = (Halves)_mm512_cvtepi32_epi16((__m512i)nearest(x));
 #else
-    const Bits bits = (Bits)x, nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const Bits y_bits = (bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : nearest;
-#ifdef __AVX512F__
-    const Halves y = (Halves)_mm512_cvtepi32_epi16((__m512i)y_bits);
-#else
-    const Halves y = __builtin_convertvector(y_bits, Halves);
-#endif
+    const Halves y = __builtin_convertvector(nearest(x), Halves);
 #endif
     std::memcpy(static_cast<void*>(p), &y, sizeof y);
 }
@@ -78,6 +80,32 @@ inline void put(T* p, Vector x, int64_t n) {
     std::memcpy(static_cast<void*>(p), padded, n * sizeof(T));
 }
 
+// Two vectors of numbers that lie together, in an order of its own: for what is done to each number alone.
+struct Twin {
+    Vector a, b;
+};
+
+inline Twin twin(const float* p) { return {vector(p), vector(p + kLanes)}; }
+inline Twin twin(const bf16* p) {  // the numbers at even places, and those at odd ones: an operation each
+    Bits x;
+    std::memcpy(&x, p, sizeof x);
+    return {(Vector)(x << 16), (Vector)(x & 0xFFFF0000)};
+}
+inline void put(float* p, Twin x) {
+    put(p, x.a);
+    put(p + kLanes, x.b);
+}
+inline void put(bf16* p, Twin x) {
+#if defined(__AVX512BF16__)
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                                           18, 2, 17, 1, 16, 0);
+    const __m512i y = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)x.b, (__m512)x.a));
+#else
+    const Bits y = nearest(x.a) | nearest(x.b) << 16;
+#endif
+    std::memcpy(static_cast<void*>(p), &y, sizeof y);
+}
+
 // Calls f(c, n) for the vectors of `cols` numbers: n is Whole{} for all but what is left over.
 template <class F>
 inline void each_vector(int64_t cols, F f) {
@@ -89,13 +117,19 @@ inline void each_vector(int64_t cols, F f) {
 inline Vector select(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
 inline Vector larger(Vector a, Vector b) { return select(a < b, b, a); }
 inline Vector absolute(Vector x) { return (Vector)((Integers)x & 0x7FFFFFFF); }
-inline Vector negative(Vector x) { return (Vector)((Integers)x | INT32_MIN); }  // -|x|
-// x or, where that is less, `least`; NaN stays NaN
+// x or, where that is less (more), `least` (`most`); NaN stays NaN
 inline Vector at_least(float least, Vector x) {
 #ifdef __AVX512F__
     return (Vector)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);  // GCC 12 compares and blends
 #else
     return select(x < least, Vector{} + least, x);
+#endif
+}
+inline Vector at_most(float most, Vector x) {
+#ifdef __AVX512F__
+    return (Vector)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x);
+#else
+    return select(x > most, Vector{} + most, x);
 #endif
 }
 // x as T holds it, where T is what a stream of sums is kept in
@@ -136,14 +170,20 @@ inline float sum_over(int64_t cols, F f) {
 
 // What follows is to about one ulp for float, and to 1e-4 for bf16, whose own rounding is 20 times that.
 
-// e^x for x <= 0 (and what rounding makes of it); below 2^-126 it is 0. NaN stays NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial fitted for least relative error.
+// e^x for x <= 88.7, which is infinite; far below 2^-126 it is 0. NaN stays NaN. e^x = 2^n e^r, and e^r by a polynomial fitted for least relative error.
 template <class T>
 inline Vector exponential(Vector x) {
-    constexpr float magic = 12582912.0f + 127;  // 1.5 * 2^23: the sum has no bits left below one, and its last are n's exponent
     constexpr float log2_e = 1.44269504f;
+#ifdef __AVX512F__
+    if constexpr (std::is_same_v<T, bf16>) {  // here 0 <= r < ln 2
+        const __m512 t = (__m512)(x * log2_e);
+        const Vector f = (Vector)_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        return (Vector)_mm512_scalef_ps((__m512)(((0.07802452f * f + 0.22606716f) * f + 0.6958335f) * f + 0.9999252f), t);
+    }
+#endif
+    constexpr float magic = 12582912.0f + 127;  // 1.5 * 2^23: the sum has no bits left below one, and its last are n's exponent
     x = at_least(-88.1f, x);  // whose exponent is that of 0
-    const Vector shifted = x * log2_e + magic, n = shifted - magic;
+    const Vector shifted = x * log2_e + magic, n = shifted - magic;  // |r| <= ln 2 / 2
     Vector p;
     if constexpr (std::is_same_v<T, bf16>) {
         const Vector f = x * log2_e - n;
