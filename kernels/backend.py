@@ -118,9 +118,11 @@ def csrc(name: str) -> Any:
 
 
 def _library_folders() -> list[Path]:
-    """Where an installed package, or an editable one, has its libraries."""
+    """Where an installed package, or an editable one, has its libraries; HYPERLLAMA_CSRC names another folder."""
     import hyperllama
 
+    if folder := os.environ.get("HYPERLLAMA_CSRC"):
+        return [Path(folder)]
     folders = [Path(path) / "lib" for path in hyperllama.__path__]
     try:
         installed = files("hyperllama") or []
@@ -182,13 +184,11 @@ class Differentiable:
 
         class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(*inputs: Any) -> Any:
-                return forward.launch(*inputs[:-1])
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            def forward(ctx: Any, *inputs: Any) -> Any:  # a setup_context of its own would cost 20 us a call
+                output = forward.launch(*inputs[:-1])
                 ctx.main_grad, ctx.forced = inputs[-1], _forced.get()
                 setup(ctx, inputs[:-1], output)
+                return output
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:

@@ -18,13 +18,15 @@ from torch import Tensor
 from hyperllama.kernels.backend import LIBRARY, choose, csrc, define, pointer, wide
 from hyperllama.kernels.linear import accumulate_product
 
-CHUNK_BYTES = 1 << 26  # of fp32 logits at a time: about a GPU's L2, and little beside the activations
+# of fp32 logits at a time: what stays in the last cache from their product to the next two, and is little beside the activations
+CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 26}
 LEAST_ROWS = 1024  # but no fewer rows: every chunk reads and writes all of dW, 295 MB at V = 128256, D = 576
 
 
-def _chunks(n_rows: int, vocab: int, chunk_bytes: int) -> list[slice]:
-    rows = max(LEAST_ROWS, chunk_bytes // (4 * vocab))
-    return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
+def chunks(x: Tensor, weight: Tensor, chunk_bytes: int | None) -> list[slice]:
+    """The rows of x (N, D) that are worked on together; without `chunk_bytes`, as the device likes it."""
+    rows = max(LEAST_ROWS, (chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 26)) // (4 * weight.shape[0]))
+    return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
 
 
 def softmax_gradient_reference(
@@ -82,12 +84,12 @@ def _softmax_gradient(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 def _forward_backward(
     x: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor, loss_weight: float, scale: float, valid_vocab: int | None,
-    ignore_index: int, z_loss: float, chunk_bytes: int,
+    ignore_index: int, z_loss: float, chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss, dx); dW is added to `dweight` (V, D) fp32 in place."""
     loss = torch.zeros((), dtype=wide(x.dtype), device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for rows in _chunks(x.shape[0], weight.shape[0], chunk_bytes):
+    for rows in chunks(x, weight, chunk_bytes):
         logits = x[rows] @ weight.t()
         losses, dz = _softmax_gradient(
             logits, targets[rows], loss_weight, scale, valid_vocab, ignore_index, z_loss, True
@@ -100,7 +102,7 @@ def _forward_backward(
 
 def _functional(
     x: Tensor, weight: Tensor, targets: Tensor, loss_weight: float, scale: float, valid_vocab: int | None, ignore_index: int,
-    z_loss: float, chunk_bytes: int,
+    z_loss: float, chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dweight = torch.zeros(weight.shape, dtype=wide(weight.dtype), device=weight.device)
     loss, dx = _forward_backward(
@@ -119,7 +121,7 @@ def _gradients(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     return (dx * dloss).to(dx.dtype), (dweight * dloss).to(ctx.dtype), *(None,) * 7
 
 
-_OPTIONS = "float loss_weight, float scale, int? valid_vocab, int ignore_index, float z_loss, int chunk_bytes"
+_OPTIONS = "float loss_weight, float scale, int? valid_vocab, int ignore_index, float z_loss, int? chunk_bytes"
 _linear_cross_entropy = define(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _functional,
@@ -161,11 +163,12 @@ class _Accumulating(torch.autograd.Function):
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, loss_weight: float = 1.0, logit_scale: float = 1.0,
     valid_vocab: int | None = None, ignore_index: int = -100, z_loss: float = 0.0, main_grad: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:  # fmt: skip
     """`loss_weight` times the summed cross-entropy, in nats, of targets (N,) under the head weight (V, D) at x (N, D).
 
-    Columns from `valid_vocab` on only pad the vocabulary. `chunk_bytes` of fp32 logits are held at a time.
+    Columns from `valid_vocab` on only pad the vocabulary. `chunk_bytes` of fp32 logits (default: as the
+    device likes it) are held at a time.
     Returns a scalar in fp32 (fp64). With `main_grad` (V, D) fp32 the weight's gradient is added to it in the forward; then
     `loss_weight` must hold the whole scale, as the upstream gradient is taken to be 1, and a second backward raises.
     Raises ValueError when shapes do not fit.
@@ -186,12 +189,12 @@ def linear_cross_entropy(
 @torch.no_grad()
 def token_losses(
     x: Tensor, weight: Tensor, targets: Tensor, *, logit_scale: float = 1.0, valid_vocab: int | None = None,
-    ignore_index: int = -100, z_loss: float = 0.0, chunk_bytes: int = CHUNK_BYTES,
+    ignore_index: int = -100, z_loss: float = 0.0, chunk_bytes: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of every target (N,), fp32 (fp64) in nats; 0 where it is ignored. No gradients."""
     _check(x, weight, targets)
     out = torch.empty(targets.shape, dtype=wide(x.dtype), device=x.device)
-    for rows in _chunks(x.shape[0], weight.shape[0], chunk_bytes):
+    for rows in chunks(x, weight, chunk_bytes):
         logits = x[rows] @ weight.t()
         out[rows] = _softmax_gradient(
             logits, targets[rows], 1.0, logit_scale, valid_vocab, ignore_index, z_loss, False

@@ -21,6 +21,7 @@ from hyperllama.flops import Ledger, window_flops
 from hyperllama.hub import read_weights
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.grad_norm import grad_norm
+from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
 from hyperllama.model import Llama
 from hyperllama.train.distributed import Processes, processes
 from hyperllama.train.metrics import Metrics, console, device_name, peak_flops, progress_bar, speed_text
@@ -43,7 +44,12 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
             return read_json(out / "run.json")
         if mine.is_main:
             write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        return _train(plan, mine, label or config.name, quiet=quiet or not mine.is_main)
+        if mine.device.type == "cpu":
+            keep_freed_blocks()
+        try:
+            return _train(plan, mine, label or config.name, quiet=quiet or not mine.is_main)
+        finally:
+            give_back_freed_blocks()
 
 
 def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str, Any]:
