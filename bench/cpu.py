@@ -1,6 +1,6 @@
 """What HyperLlama claims on a CPU, measured and judged: ops against their roofs, training against transformers.
 
-    python -m bench.cpu [--quick] [--only REGEX] [--out bench/results] [--default-malloc]
+    python -m bench.cpu [--quick] [--only REGEX] [--out bench/results] [--malloc users|kept|default]
 
 Every case prints a line when it starts and when it ends; with --out, the results so far are in <out>/<device>/cpu.json after
 every case. The exit code is 1 when a target was measured and missed. --quick (below five minutes on two cores) measures fewer
@@ -8,7 +8,6 @@ rounds and says what it leaves out; everything takes about 25 minutes, most of i
 """
 
 import argparse
-import ctypes
 import gc
 import re
 import sys
@@ -17,16 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from hyperllama.config import ModelConfig
+from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
 
 from .environment import device_slug, environment
 from .harness import Case, Result, copy_bandwidth, judgement, matmul_rate, missed, run, table, write_results
 from .ops import MEMORY_BOUND, TRAFFIC, attention_case, dtype_name, linear_cross_entropy_case
-from .training import MATMUL, PEERS, step_case
+from .training import MATMUL, PEERS, Malloc, step_case
 
 FP32, BF16 = torch.float32, torch.bfloat16
 Floors = tuple[float | None, float | None, float | None]
@@ -59,6 +59,7 @@ class Job:
     quick: int
     warmup: int = 1
     min_sample: float = 2e-3  # seconds
+    settle: float = 0.0  # seconds
     without: tuple[str, ...] = ()  # providers that are left out
 
 
@@ -88,51 +89,32 @@ def op_jobs() -> list[Job]:
 # model, its shape, windows, dtype; what csrc has to reach of (transformers, transformers compiled, matmul), None: only told;
 # rounds, rounds when quick, warm-up rounds, least seconds of a sample
 STEPS: tuple[tuple[str, ModelConfig, int, torch.dtype, Floors, int, int, int, float], ...] = (
-    ("tiny", TINY, 16, BF16, (2.6, 1.8, None), 31, 9, 2, 0.05),
-    ("demo", DEMO, 16, BF16, (2.4, 1.9, 0.60), 15, 5, 1, 0.05),
-    ("demo", DEMO, 16, FP32, (1.6, 1.4, 0.70), 15, 5, 1, 0.05),
+    ("tiny", TINY, 16, BF16, (2.6, 1.8, None), 31, 9, 2, 0.2),
+    ("demo", DEMO, 16, BF16, (2.4, 1.9, 0.60), 15, 5, 1, 0.5),
+    ("demo", DEMO, 16, FP32, (1.6, 1.4, 0.70), 15, 5, 1, 0.5),
     ("15M", M15, 4, BF16, (None, None, None), 11, 3, 1, 0.1),
     ("180M", M180, 1, BF16, (1.4, 1.15, 0.78), 7, 3, 0, 0.3),
     ("180M", M180_LONG, 1, BF16, (1.4, 1.15, 0.78), 5, 0, 0, 0.3),
 )
 
 
-def step_jobs(quick: bool) -> list[Job]:
+def step_jobs(quick: bool, malloc: Malloc = "users") -> list[Job]:
     """Whole training steps. A quick run compiles only small models: a cold torch.compile takes longer than big ones' steps."""
     jobs: list[Job] = []
     for model, shape, windows, dtype, floors, rounds, few, warmup, sample in STEPS:
         peers = ("transformers", "csrc") if quick and model in ("15M", "180M") else PEERS
         targets = dict(zip(("transformers", "transformers compiled", "matmul"), floors, strict=True))
-        make = partial(step_case, model, shape, windows, dtype, targets, peers)
+        make = partial(step_case, model, shape, windows, dtype, targets, peers, malloc)
         name = f"step {model} {shape.max_position_embeddings} {dtype_name(dtype)}"
         without = tuple(peer for peer in PEERS if peer not in peers)
-        jobs.append(Job(name, make, rounds, few, warmup, sample, without))
+        jobs.append(Job(name, make, rounds, few, warmup, sample, 0.0, without))
     return jobs
 
 
-def keep_blocks() -> bool:
-    """Make glibc keep freed blocks, big ones too, as long as a case runs; false where there is no glibc.
-
-    By default a block of some MB comes fresh from the kernel at every call, and its page faults cost more than the op: csrc's
-    rms_norm reaches 13-18 % of copy bandwidth, and 83-85 % with kept blocks (AMD EPYC, 2 virtual cores). Chosen for all
-    providers alike, because what is compared is the providers and not the kernel. It is not in our favour: transformers, which
-    allocates more, gains most (180M, seconds a step, by default and with kept blocks: transformers 9.6 and 4.8, csrc 6.8 and
-    5.2; demo bf16: 0.50 and 0.42, csrc 0.40 and 0.41). `--default-malloc` measures the other choice.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return False
-    mmap_max, trim_threshold = -4, -1  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
-    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
-
-
 def release() -> None:
-    """Give the memory of a finished case back: compiled models, cycles, and the blocks glibc kept."""
-    torch._dynamo.reset()
+    """Give the memory of a finished case back: cycles, and the blocks glibc kept."""
     gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    give_back_freed_blocks()
 
 
 def say(text: str) -> None:
@@ -147,7 +129,7 @@ def measure(jobs: list[Job], quick: bool, save: Callable[[list[Result]], None]) 
         say(f"[{i}/{len(jobs)}] {job.name} ...")
         began = time.perf_counter()
         rounds = job.quick if quick else job.rounds
-        results.append(run(job.make(), rounds=rounds, warmup=job.warmup, min_sample=job.min_sample))
+        results.append(run(job.make(), rounds=rounds, warmup=job.warmup, min_sample=job.min_sample, settle=job.settle))
         release()
         say(f"[{i}/{len(jobs)}] {job.name}: {time.perf_counter() - began:.1f} s; {verdict(results[-1])}")
         save(results)
@@ -172,11 +154,16 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and only what fits into five minutes")
     parser.add_argument("--only", type=re.compile, default=re.compile(""), help="cases whose name this regex finds")
     parser.add_argument("--out", type=Path, help="write <out>/<device>/cpu.json, after every case")
-    parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")
+    parser.add_argument(
+        "--malloc", choices=get_args(Malloc), default="users",
+        help="which steps keep freed blocks: ours, as with users (default), all, none; ops: all, but for `default`",
+    )  # fmt: skip
     arguments = parser.parse_args()
-    if not arguments.default_malloc and not keep_blocks():
+    if arguments.malloc != "default" and not keep_freed_blocks():
         say("no glibc here: freed blocks are not kept, and ops that allocate pay for page faults")
-    named = [job for job in (*step_jobs(arguments.quick), *op_jobs()) if arguments.only.search(job.name)]
+    named = [
+        job for job in (*step_jobs(arguments.quick, arguments.malloc), *op_jobs()) if arguments.only.search(job.name)
+    ]
     jobs = [job for job in named if (job.quick if arguments.quick else job.rounds)]
     roofs: dict[str, Any] = {"copy": copy_bandwidth()}
     roofs |= {f"matmul {dtype_name(dtype)}": matmul_rate(dtype=dtype, size=MATMUL) for dtype in (FP32, BF16)}

@@ -9,10 +9,14 @@
 All start from the same weights, see the same windows and use the same betas, eps, decay and clipping. In bf16 ours does more
 work, not less: it keeps fp32 masters, gradients and moments, where transformers keeps everything in bf16. The check compares
 the first step's loss, gradient norm and some whole gradients, so that a ratio means the same mathematics.
+
+Each has a process of its own, because their users' processes differ: `hyperllama train` makes glibc keep freed blocks, and
+transformers leaves malloc as it is. That choice is worth much to both, so `Malloc` can also give all the same one.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +33,15 @@ from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
 
 from .harness import Case, Target, Thunk, matmul_roof
 from .ops import dtype_name, relative_error
+from .worker import apart
 
 LR, BETA1, BETA2, EPS, DECAY, CLIP = 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0
 PEERS = ("transformers", "transformers compiled", "csrc", "reference")  # in the order in which memory is given out
-# bytes that are foreseen for a case, whose providers are all there at once because they take turns; the process was seen to
-# hold a fifth more (11.7 GiB where 9.9 were foreseen), so this keeps it below 16 GiB
-MEMORY = 12 << 30
+# whose processes keep freed blocks: ours, as their users have them; all; none
+Malloc = Literal["users", "kept", "default"]
+MEMORY = (
+    18 << 30
+)  # bytes that are foreseen for the processes of a case, which are all there at once because they take turns
 MATMUL = 2048
 # of loss, gradient norm and gradients, relative; two bf16 models round differently in every layer, and transformers' own
 # gradients and norm are rounded to bf16
@@ -60,20 +67,17 @@ def compared(config: ModelConfig) -> tuple[str, ...]:
 
 def step_case(
     name: str, config: ModelConfig, windows: int, dtype: torch.dtype, targets: dict[str, float | None],
-    peers: tuple[str, ...] = PEERS,
+    peers: tuple[str, ...] = PEERS, malloc: Malloc | None = "users",
 ) -> Case:  # fmt: skip
     """One optimizer step on `windows` full windows; `targets`: how much of `against` csrc has to reach, None to tell it.
 
-    A provider that would take the case beyond MEMORY bytes is left out with a MemoryError.
+    Without `malloc` all run in this process. A provider that would take the case beyond MEMORY bytes is left out with a
+    MemoryError.
     """
     seq_len = config.max_position_embeddings
     tokens = windows * seq_len
-    ids, labels = torch.randint(config.vocab_size, (2, windows, seq_len), generator=torch.Generator().manual_seed(0))
-    start = Arena(config, dtype, "cpu", training=False)
-    Llama(config, start).init_weights(0)
-    used = start.bytes()
-    used += 12 * tokens * config.vocab_size  # logits, their fp32 copy and its gradient come and go
-    used += tokens * config.num_layers * (12 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize
+    activations = tokens * config.num_layers * (12 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize
+    used = 0
 
     def reserve(n_bytes: int) -> None:
         nonlocal used
@@ -83,17 +87,23 @@ def step_case(
             )
         used += n_bytes
 
+    def started(build: Callable[[], Thunk], ours: bool) -> Thunk:
+        if malloc is None:
+            return build()
+        return answered(apart(partial(answers, build), keep=malloc == "kept" or (malloc == "users" and ours)))
+
     def ours(backend: str) -> Callable[[], Thunk]:
         def setup() -> Thunk:
-            reserve(arena_bytes(start.size, dtype, training=True))
-            return our_step(config, start, ids, labels, backend)
+            reserve(arena_bytes(config.num_parameters, dtype, training=True) + activations)
+            return started(partial(our_step, config, windows, dtype, backend), ours=True)
 
         return setup
 
     def theirs(compiled: bool) -> Callable[[], Thunk]:
         def setup() -> Thunk:
-            reserve(4 * start.weights.nbytes)  # weights, gradients, two moments
-            return their_step(config, start, ids, labels, compiled)
+            # weights, gradients, two moments; logits, their fp32 copy and its gradient
+            reserve(4 * config.num_parameters * dtype.itemsize + activations + 12 * tokens * config.vocab_size)
+            return started(partial(their_step, config, windows, dtype, compiled), ours=False)
 
         return setup
 
@@ -104,7 +114,10 @@ def step_case(
     flops = windows * window_flops(config, seq_len, "causal")
     return Case(
         "step",
-        {"model": name, "windows": windows, "T": seq_len, "tokens": tokens, "dtype": dtype_name(dtype)},
+        {
+            "model": name, "windows": windows, "T": seq_len, "tokens": tokens, "dtype": dtype_name(dtype),
+            "malloc": malloc or "shared",
+        },
         flops,
         0,
         {peer: providers[peer] for peer in peers},
@@ -116,9 +129,46 @@ def step_case(
     )  # fmt: skip
 
 
-def our_step(config: ModelConfig, start: Arena, ids: Tensor, labels: Tensor, backend: str) -> Thunk:
-    """A training step of ours as train/loop.py takes it, with weights of its own."""
-    arena = Arena(config, start.dtype, "cpu", training=True)
+def answers(build: Callable[[], Thunk]) -> dict[str, Callable[[], Any]]:
+    """A step as a worker offers it: numbers and arrays only."""
+    step, last = build(), None
+
+    def run() -> tuple[float, float]:
+        nonlocal last
+        last = step()
+        return float(last.loss), float(last.norm)
+
+    def gradients() -> dict[str, Any]:
+        return {} if last is None else {name: grad.float().numpy() for name, grad in last.gradients().items()}
+
+    return {"run": run, "gradients": gradients}
+
+
+def answered(ask: Callable[[str], Any]) -> Thunk:
+    """The step of a worker as one of this process."""
+
+    def gradients() -> dict[str, Tensor]:
+        return {name: torch.from_numpy(grad) for name, grad in ask("gradients").items()}
+
+    def run() -> Step:
+        loss, norm = ask("run")
+        return Step(torch.tensor(loss), torch.tensor(norm), gradients)
+
+    return run
+
+
+def beginning(config: ModelConfig, windows: int, dtype: torch.dtype) -> tuple[Arena, Tensor, Tensor]:
+    """The weights that all start from, the ids of full windows, and their targets."""
+    start = Arena(config, dtype, "cpu", training=False)
+    Llama(config, start).init_weights(0)
+    shape = (2, windows, config.max_position_embeddings)
+    return start, *torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def our_step(config: ModelConfig, windows: int, dtype: torch.dtype, backend: str) -> Thunk:
+    """A training step of ours as train/loop.py takes it."""
+    start, ids, labels = beginning(config, windows, dtype)
+    arena = Arena(config, dtype, "cpu", training=True)
     arena.weights.copy_(start.weights)
     arena.master_from_weights()
     model = Llama(config, arena, backend="sdpa" if backend == "reference" else "auto")
@@ -144,13 +194,14 @@ def our_step(config: ModelConfig, start: Arena, ids: Tensor, labels: Tensor, bac
     return step
 
 
-def their_step(config: ModelConfig, start: Arena, ids: Tensor, labels: Tensor, compiled: bool) -> Thunk:
+def their_step(config: ModelConfig, windows: int, dtype: torch.dtype, compiled: bool) -> Thunk:
     """A training step of transformers' Llama with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = LlamaConfig(**hf_config(config, start.dtype), use_cache=False)
+    start, ids, labels = beginning(config, windows, dtype)
+    settings = LlamaConfig(**hf_config(config, dtype), use_cache=False)
     # in the dtype from the start: a later .to(bf16) would round RoPE's frequencies too
-    model = LlamaForCausalLM._from_config(settings, dtype=start.dtype, attn_implementation="sdpa")
+    model = LlamaForCausalLM._from_config(settings, dtype=dtype, attn_implementation="sdpa")
     weights = start.logical("weights")
     model.load_state_dict(weights if HEAD in weights else {**weights, HEAD: weights[EMBEDDING]})
     model.train()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hyperllama.bench import cpu, harness, ops, training
+from hyperllama.bench import cpu, harness, ops, training, worker
 from hyperllama.bench.harness import Case, run
 from hyperllama.kernels import backend
 
@@ -104,7 +104,7 @@ def test_the_head_stands_beside_its_products_alone(dtype: torch.dtype) -> None:
 @BOTH
 def test_transformers_and_ours_take_the_same_step(dtype: torch.dtype) -> None:
     targets = {"transformers": 2.0, "transformers compiled": None, "matmul": 0.5}
-    case = training.step_case("small", SMALL, 2, dtype, targets, FEW)
+    case = training.step_case("small", SMALL, 2, dtype, targets, FEW, None)
     assert case.reference == "transformers" and type(case.flops) is int and case.flops > 0
     assert case.roofs["matmul"].scale == case.flops / (2 * training.MATMUL**3)
     result = once(case)
@@ -118,7 +118,7 @@ def test_transformers_and_ours_take_the_same_step(dtype: torch.dtype) -> None:
 
 
 def test_providers_stay_together_over_several_steps() -> None:
-    case = training.step_case("small", SMALL, 2, torch.float32, {}, FEW[:2])
+    case = training.step_case("small", SMALL, 2, torch.float32, {}, FEW[:2], None)
     theirs, ours = (setup() for setup in case.providers.values())
     for _ in range(5):
         want, got = theirs(), ours()
@@ -127,7 +127,7 @@ def test_providers_stay_together_over_several_steps() -> None:
 
 @pytest.mark.parametrize("wrong", ["loss", "norm", "gradient"])
 def test_a_step_that_is_other_mathematics_fails_the_check(wrong: str) -> None:
-    case = training.step_case("small", SMALL, 2, torch.float32, {}, FEW[:1])
+    case = training.step_case("small", SMALL, 2, torch.float32, {}, FEW[:1], None)
     step = case.providers["transformers"]()()
     gradients = {name: value * (1.01 if wrong == "gradient" else 1) for name, value in step.gradients().items()}
     other = training.Step(
@@ -138,11 +138,42 @@ def test_a_step_that_is_other_mathematics_fails_the_check(wrong: str) -> None:
 
 
 def test_providers_that_do_not_fit_into_memory_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = training.step_case("small", SMALL, 2, torch.float32, {}, FEW)
-    buffers = 4 * 4 * SMALL.num_parameters
-    monkeypatch.setattr(training, "MEMORY", 3.5 * buffers)  # weights, what comes and goes, and two of three providers
+    case = training.step_case("small", SMALL, 2, torch.float32, {}, FEW, None)
+    # transformers: four buffers, logits and twice as much in fp32; ours four buffers; both activations
+    most = 2 * 4 * 4 * SMALL.num_parameters + 12 * 64 * SMALL.vocab_size + 2 * 4 * 64 * 2 * (12 * 64 + 4 * 96)
+    monkeypatch.setattr(training, "MEMORY", most)
     providers = once(case)["providers"]
-    assert providers["transformers"]["samples"] and str(providers["reference"]["reason"]).startswith("MemoryError")
+    assert providers["transformers"]["samples"] and providers["csrc"]["samples"]
+    assert str(providers["reference"]["reason"]).startswith("MemoryError")
+
+
+def test_steps_in_processes_of_their_own_are_the_same_steps() -> None:
+    alone, here = (
+        training.step_case("small", SMALL, 2, torch.float32, {}, FEW[1:2], malloc) for malloc in ("users", None)
+    )
+    apart, step = alone.providers["csrc"](), here.providers["csrc"]()
+    for _ in range(2):
+        got, want = apart(), step()
+        assert got.loss == want.loss and got.norm == want.norm
+    assert alone.check is not None and alone.check(got, want) is None
+
+
+def test_a_worker_says_what_went_wrong() -> None:
+    with pytest.raises(worker.WorkerError, match=r"^ValueError: first line$"):
+        worker.apart(broken, keep=False)
+    ask = worker.apart(breaking, keep=True)
+    for _ in range(2):
+        with pytest.raises(worker.WorkerError, match=r"^ValueError: first line$"):
+            ask("run")
+    assert ask("pass") == 1
+
+
+def broken() -> dict[str, Any]:
+    raise ValueError("first line\nsecond line")
+
+
+def breaking() -> dict[str, Any]:
+    return {"run": broken, "pass": partial(int, "1")}
 
 
 def test_every_job_has_a_name_of_its_own_and_quick_leaves_some_out() -> None:
@@ -168,7 +199,7 @@ def test_exit_code_and_file_tell_a_missed_target(
     make = partial(ops.MEMORY_BOUND["glu forward"][0], SMALL, torch.float32, 1 << 12)
     monkeypatch.setattr(cpu, "run", fake)
     monkeypatch.setattr(cpu, "op_jobs", lambda: [cpu.Job("glu", make, 1, 1), cpu.Job("slow glu", make, 1, 0)])
-    monkeypatch.setattr(cpu, "keep_blocks", lambda: True)
+    monkeypatch.setattr(cpu, "keep_freed_blocks", lambda: True)
     monkeypatch.setattr(cpu, "copy_bandwidth", dict)
     monkeypatch.setattr(cpu, "matmul_rate", lambda **_: {})
     monkeypatch.setattr(sys, "argv", ["cpu.py", "--quick", "--only", "glu", "--out", str(tmp_path)])
