@@ -64,6 +64,7 @@ static void row_forward(const T* gate, const T* up, T* y, int64_t width) {
     each_twin(
         width,
         [=](int64_t c) {
+            for (const T* p : {gate, up, static_cast<const T*>(y)}) ask_ahead(p + c);
             const Twin g = twin(gate + c), u = twin(up + c);
             put(y + c, {of(g.a, u.a), of(g.b, u.b)});
         },
@@ -75,6 +76,7 @@ static void row_backward(const T* dy, const T* gate, const T* up, T* dgate, T* d
     each_twin(
         width,
         [=](int64_t c) {
+            for (const T* p : {gate, up, dy, static_cast<const T*>(dgate), static_cast<const T*>(dup)}) ask_ahead(p + c);
             const Twin g = twin(gate + c), u = twin(up + c), d = twin(dy + c);
             const Value a = activate<T, kind>(g.a), b = activate<T, kind>(g.b);
             put(dgate + c, {d.a * u.a * a.slope, d.b * u.b * b.slope});
