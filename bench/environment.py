@@ -61,11 +61,11 @@ def _clocks(device: str) -> dict[str, str] | None:
 
 
 def _git() -> dict[str, str | bool] | None:
-    """Commit and whether the tree differs from it; None outside our own repository."""
+    """Commit and whether the tree, but for results, differs from it; None outside our own repository."""
     top, commit = _output("git", "rev-parse", "--show-toplevel"), _output("git", "rev-parse", "--verify", "HEAD")
     if top is None or commit is None or Path(top) != ROOT:
         return None
-    return {"commit": commit, "dirty": _output("git", "status", "--porcelain") != ""}
+    return {"commit": commit, "dirty": _output("git", "status", "--porcelain", "--", ".", ":!bench/results") != ""}
 
 
 def without_paths(text: str) -> str:

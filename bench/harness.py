@@ -283,8 +283,9 @@ def copy_roof(traffic: int, device: str = "cpu") -> Roof:
     """A plain copy with `traffic` bytes read and written: the roof of anything memory-bound."""
 
     def setup() -> Thunk:
-        source = torch.zeros(traffic // 2, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
+        # written, or every page of it would be the kernel's one page of zeros, which is read from the cache
+        source = torch.ones(traffic // 2, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
         return lambda: target.copy_(source)
 
     return Roof(setup)

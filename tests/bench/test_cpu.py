@@ -44,8 +44,12 @@ def test_every_op_agrees_with_its_reference_beside_a_copy_of_as_many_bytes(name:
         result = once(case)
         assert {"reference", "copy"} <= set(right(result))
         [target] = result["targets"]
-        assert (target["provider"], target["against"]) == ("csrc", "copy") and 0 < target["least"] <= 1
-        assert (target["met"] is None) == (target["measured"] is None) == (not result["providers"]["csrc"]["samples"])
+        assert (target["provider"], target["against"]) == ("csrc", "copy")
+        assert (target["measured"] is None) == (not result["providers"]["csrc"]["samples"])
+        if name == "softmax_gradient":
+            assert target["least"] is target["met"] is None
+        else:
+            assert 0 < target["least"] <= 1 and (target["met"] is None) == (target["measured"] is None)
 
 
 def test_least_traffic_counts_every_tensor_once_and_ties_both_its_passes() -> None:

@@ -21,6 +21,9 @@ def implementation(request):
         yield request.param
 
 
+COMPARES = pytest.mark.parametrize("implementation", ["csrc"], indirect=True)  # a test that itself runs both: once
+
+
 def both(function, *inputs, **options) -> list[Tensor]:
     """The result of the reference and that of the C++."""
     results = []
@@ -268,12 +271,11 @@ def test_wrong_trims_are_refused() -> None:
         merge.task_arithmetic(base, [x], [1.0], keys=[1])
 
 
+@COMPARES
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, GROUP - 1, GROUP + 1, BLOCK - 1, BLOCK, BLOCK + 1, 70_001])
 @pytest.mark.parametrize("dtypes", [*[[d] for d in STORED], STORED], ids=lambda d: "+".join(str(x)[6:] for x in d))
 @pytest.mark.parametrize("step", [2e-3, 1e-4, 0.0])  # free, mostly tied and all equal magnitudes
 def test_csrc_has_the_references_bits(n: int, dtypes: list[torch.dtype], step: float, implementation: str) -> None:
-    if implementation == "reference":
-        pytest.skip("compares the two")
     base, xs = models(3, n, dtypes, step)
     weights = [1.0, -0.5, 0.7]
     for out_dtype in STORED:
@@ -309,11 +311,10 @@ def adversaries(n: int) -> dict[str, Tensor]:
     }
 
 
+@COMPARES
 @pytest.mark.parametrize("density", [1e-5, 0.01, 0.5, 0.5001, 0.99])
 @pytest.mark.parametrize("name", adversaries(1))
 def test_the_threshold_is_exact_whatever_the_sample_says(name: str, density: float, implementation: str) -> None:
-    if implementation == "reference":
-        pytest.skip("compares the two")
     n = 100_003
     assert_same_bits(merge.ties, torch.zeros(n), [adversaries(n)[name]], [1.0], [density])
 
@@ -327,10 +328,9 @@ def unsampled(n: int, size: int) -> Tensor:
     return mask
 
 
+@COMPARES
 @pytest.mark.parametrize("hidden", ["far above", "far below", "inside"])
 def test_a_sample_that_misses_everything_costs_time_only(hidden: str, implementation: str) -> None:
-    if implementation == "reference":
-        pytest.skip("compares the two")
     n = 200_000
     sampled = ~unsampled(n, 256 + int(n ** (2 / 3) / 3))
     assert 1000 < int(sampled.sum()) < 2000
@@ -343,10 +343,9 @@ def test_a_sample_that_misses_everything_costs_time_only(hidden: str, implementa
         assert_same_bits(merge.ties, torch.zeros(n), [delta], [1.0], [density])
 
 
+@COMPARES
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_elements_have_the_references_bits(bad: float, implementation: str) -> None:
-    if implementation == "reference":
-        pytest.skip("compares the two")
     base, xs = models(3, 3000, [torch.float32], 0.01)
     for j, x in enumerate((base, *xs)):
         x[j::500] = bad
