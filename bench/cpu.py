@@ -4,7 +4,7 @@
 
 Every case prints a line when it starts and when it ends; with --out, the results so far are in <out>/<device>/cpu.json after
 every case. The exit code is 1 when a target was measured and missed. --quick (below five minutes on two cores) measures fewer
-rounds and says what it leaves out; everything takes about 25 minutes, most of it steps of the 180M model.
+rounds and says what it leaves out; everything takes about 20 minutes, most of it steps of the 180M model.
 """
 
 import argparse
@@ -59,7 +59,6 @@ class Job:
     quick: int
     warmup: int = 1
     min_sample: float = 2e-3  # seconds
-    settle: float = 0.0  # seconds
     without: tuple[str, ...] = ()  # providers that are left out
 
 
@@ -107,7 +106,7 @@ def step_jobs(quick: bool, malloc: Malloc = "users") -> list[Job]:
         make = partial(step_case, model, shape, windows, dtype, targets, peers, malloc)
         name = f"step {model} {shape.max_position_embeddings} {dtype_name(dtype)}"
         without = tuple(peer for peer in PEERS if peer not in peers)
-        jobs.append(Job(name, make, rounds, few, warmup, sample, 0.0, without))
+        jobs.append(Job(name, make, rounds, few, warmup, sample, without))
     return jobs
 
 
@@ -129,7 +128,7 @@ def measure(jobs: list[Job], quick: bool, save: Callable[[list[Result]], None]) 
         say(f"[{i}/{len(jobs)}] {job.name} ...")
         began = time.perf_counter()
         rounds = job.quick if quick else job.rounds
-        results.append(run(job.make(), rounds=rounds, warmup=job.warmup, min_sample=job.min_sample, settle=job.settle))
+        results.append(run(job.make(), rounds=rounds, warmup=job.warmup, min_sample=job.min_sample))
         release()
         say(f"[{i}/{len(jobs)}] {job.name}: {time.perf_counter() - began:.1f} s; {verdict(results[-1])}")
         save(results)

@@ -173,13 +173,11 @@ def run(
     graph: bool = False,
     cpu_time: bool = False,
     min_sample: float = 2e-3,
-    settle: float = 0.0,
     clock: Clock | None = None,
 ) -> Result:
     """Time the providers of a case in turns; one entry of `results` in the results file.
 
-    A sample is the mean of as many calls as last `min_sample` seconds, begun `settle` seconds after the one before: idle
-    OpenMP threads of another process spin for some ms before they sleep. `warmup` rounds are not kept. A provider that
+    A sample is the mean of as many calls as last `min_sample` seconds. `warmup` rounds are not kept. A provider that
     raises is left out, with its reason; one that fails the check is timed but has no ratio. A case without a check has
     no ratios. A target is met or missed where both its sides ran; a provider that ran and failed the check misses it.
     """
@@ -190,7 +188,6 @@ def run(
     for turn in range(-warmup, rounds):
         for name in rotated(list(thunks), turn):
             try:
-                time.sleep(settle)
                 if name not in repeats:
                     repeats[name] = _repeats(clock, thunks[name], min_sample)
                 took = clock.seconds(thunks[name], repeats[name]) / repeats[name]

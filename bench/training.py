@@ -39,9 +39,8 @@ LR, BETA1, BETA2, EPS, DECAY, CLIP = 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0
 PEERS = ("transformers", "transformers compiled", "csrc", "reference")  # in the order in which memory is given out
 # whose processes keep freed blocks: ours, as their users have them; all; none
 Malloc = Literal["users", "kept", "default"]
-MEMORY = (
-    18 << 30
-)  # bytes that are foreseen for the processes of a case, which are all there at once because they take turns
+# bytes that are foreseen for the processes of a case, which are all there at once because they take turns
+MEMORY = 18 << 30
 MATMUL = 2048
 # of loss, gradient norm and gradients, relative; two bf16 models round differently in every layer, and transformers' own
 # gradients and norm are rounded to bf16

@@ -1,6 +1,7 @@
 // merge: see kernels/merge.py for the formulas. Tensors of any mix of dtypes are read as fp32, a group of vectors at a time. Sums
 // have a fixed order and nothing is fused (see CMakeLists.txt) but the sum of linear, on every instruction set: the bits depend on
-// the inputs alone, not on threads or instruction set. Bound by memory and, next, by stores to L1: what one model adds stays in registers where it can.
+// the inputs alone, not on threads or instruction set. Bound by memory and, next, by stores to L1: what one model adds stays in
+// registers where it can.
 #include "common.h"
 #include "counter.h"
 

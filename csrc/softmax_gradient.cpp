@@ -15,10 +15,7 @@ static float peak_of(const T* row, int64_t cols, float scale) {
     constexpr float least = -std::numeric_limits<float>::infinity();
     Vector most = Vector{} + least;
     int64_t c = 0;
-    for (; c + kLanes <= cols; c += kLanes) {
-        ask_ahead(row + c);
-        most = larger(vector(row + c) * scale, most);
-    }
+    for (; c + kLanes <= cols; c += kLanes) most = larger(vector(row + c) * scale, most);
     float peak = largest(most);
     for (; c < cols; c++) peak = std::max(peak, load(row + c) * scale);
     return peak;

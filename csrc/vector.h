@@ -174,7 +174,8 @@ inline float sum_over(int64_t cols, F f) {
 
 // What follows is to about one ulp for float, and to 1e-4 for bf16, whose own rounding is 20 times that.
 
-// e^x for x <= 88.7, which is infinite; far below 2^-126 it is 0. NaN stays NaN. e^x = 2^n e^r, and e^r by a polynomial fitted for least relative error.
+// e^x for x up to 88.7, where it is infinite; far below 2^-126 it is 0. NaN stays NaN.
+// e^x = 2^n e^r, and e^r by a polynomial fitted for least relative error.
 template <class T>
 inline Vector exponential(Vector x) {
     constexpr float log2_e = 1.44269504f;

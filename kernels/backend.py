@@ -90,7 +90,8 @@ def choose(
 def library() -> ctypes.CDLL | None:
     """csrc for this CPU, or None (said once) when hyperllama was installed without a compiler.
 
-    torch is imported before it is loaded, so that both use the one OpenMP runtime that torch brings.
+    torch is imported before it is loaded, so that both use the one OpenMP runtime that torch brings. Raises HyperLlamaError
+    when HYPERLLAMA_CSRC names a folder without it.
     """
     capability = torch.backends.cpu.get_cpu_capability()  # what the CPU has, or less where ATEN_CPU_CAPABILITY says so
     names = {"AVX512": ["v4", "v3", "base"], "AVX2": ["v3", "base"]}.get(capability, ["base"])
@@ -100,6 +101,8 @@ def library() -> ctypes.CDLL | None:
         for name in names:
             if (folder / f"hyperllama_{name}.so").is_file():
                 return ctypes.CDLL(str(folder / f"hyperllama_{name}.so"))
+    if named := os.environ.get("HYPERLLAMA_CSRC"):
+        raise HyperLlamaError(f"HYPERLLAMA_CSRC: {named} has none of hyperllama_{{{','.join(names)}}}.so for this CPU")
     logging.getLogger("hyperllama").warning("hyperllama was installed without a C++ compiler: CPU ops use plain torch")
     return None
 
@@ -184,7 +187,7 @@ class Differentiable:
 
         class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, *inputs: Any) -> Any:  # a setup_context of its own would cost 20 us a call
+            def forward(ctx: Any, *inputs: Any) -> Any:  # a setup_context of its own would cost 13 us a call
                 output = forward.launch(*inputs[:-1])
                 ctx.main_grad, ctx.forced = inputs[-1], _forced.get()
                 setup(ctx, inputs[:-1], output)

@@ -36,14 +36,13 @@ def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
         main_grad.addmm_(dy.t(), x)
     else:
         product = dy.t() @ x
-        fits = (main_grad.dtype, product.dtype) == (torch.float32, torch.bfloat16) and main_grad.is_contiguous()
+        fits = (main_grad.dtype, product.dtype) == (torch.float32, torch.bfloat16)
+        fits = fits and main_grad.is_contiguous() and product.is_contiguous()
         choose({"reference": Tensor.add_} | ({"csrc": _add_csrc} if fits else {}), product)(main_grad, product)
 
 
 def _add_csrc(main_grad: Tensor, product: Tensor) -> None:
-    csrc("accumulate")(
-        pointer(main_grad), pointer(product.contiguous()), c_int64(product.numel()), torch.get_num_threads()
-    )
+    csrc("accumulate")(pointer(main_grad), pointer(product), c_int64(product.numel()), torch.get_num_threads())
 
 
 def linear(x: Tensor, weight: Tensor, *, main_grad: Tensor | None = None) -> Tensor:

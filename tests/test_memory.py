@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 PROGRAM = """
 import ctypes, resource, sys
 import torch
@@ -12,7 +10,7 @@ from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
 
 if not hasattr(ctypes.CDLL(None), "mallopt"):
     assert not keep_freed_blocks() and give_back_freed_blocks() is None
-    sys.exit(77)
+    sys.exit()
 assert keep_freed_blocks()
 
 def faults():
@@ -33,6 +31,4 @@ assert kept < pages / 100 < pages / 2 < min(first, again), (first, kept, again)
 
 def test_freed_blocks_are_kept_until_they_are_given_back():
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
-    if ended.returncode == 77:
-        pytest.skip("no glibc here")
     assert ended.returncode == 0, ended.stderr

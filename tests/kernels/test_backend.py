@@ -51,6 +51,12 @@ def test_the_environment_forces_a_backend_and_use_goes_before_it(monkeypatch):
         chosen("cpu", torch.float32)
 
 
+def test_a_folder_without_libraries_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HYPERLLAMA_CSRC", str(tmp_path))
+    with pytest.raises(HyperLlamaError, match=f"HYPERLLAMA_CSRC: {tmp_path} has none of"):
+        backend.library.__wrapped__()
+
+
 def test_csrc_does_not_take_tensors_of_another_device():
     with pytest.raises(HyperLlamaError, match="runs on CPU tensors and these are on meta"), backend.use("csrc"):
         chosen("meta", torch.float32)

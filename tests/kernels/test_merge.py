@@ -275,7 +275,7 @@ def test_wrong_trims_are_refused() -> None:
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, GROUP - 1, GROUP + 1, BLOCK - 1, BLOCK, BLOCK + 1, 70_001])
 @pytest.mark.parametrize("dtypes", [*[[d] for d in STORED], STORED], ids=lambda d: "+".join(str(x)[6:] for x in d))
 @pytest.mark.parametrize("step", [2e-3, 1e-4, 0.0])  # free, mostly tied and all equal magnitudes
-def test_csrc_has_the_references_bits(n: int, dtypes: list[torch.dtype], step: float, implementation: str) -> None:
+def test_csrc_has_the_references_bits(n: int, dtypes: list[torch.dtype], step: float) -> None:
     base, xs = models(3, n, dtypes, step)
     weights = [1.0, -0.5, 0.7]
     for out_dtype in STORED:
@@ -314,7 +314,7 @@ def adversaries(n: int) -> dict[str, Tensor]:
 @COMPARES
 @pytest.mark.parametrize("density", [1e-5, 0.01, 0.5, 0.5001, 0.99])
 @pytest.mark.parametrize("name", adversaries(1))
-def test_the_threshold_is_exact_whatever_the_sample_says(name: str, density: float, implementation: str) -> None:
+def test_the_threshold_is_exact_whatever_the_sample_says(name: str, density: float) -> None:
     n = 100_003
     assert_same_bits(merge.ties, torch.zeros(n), [adversaries(n)[name]], [1.0], [density])
 
@@ -330,7 +330,7 @@ def unsampled(n: int, size: int) -> Tensor:
 
 @COMPARES
 @pytest.mark.parametrize("hidden", ["far above", "far below", "inside"])
-def test_a_sample_that_misses_everything_costs_time_only(hidden: str, implementation: str) -> None:
+def test_a_sample_that_misses_everything_costs_time_only(hidden: str) -> None:
     n = 200_000
     sampled = ~unsampled(n, 256 + int(n ** (2 / 3) / 3))
     assert 1000 < int(sampled.sum()) < 2000
@@ -345,7 +345,7 @@ def test_a_sample_that_misses_everything_costs_time_only(hidden: str, implementa
 
 @COMPARES
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_non_finite_elements_have_the_references_bits(bad: float, implementation: str) -> None:
+def test_non_finite_elements_have_the_references_bits(bad: float) -> None:
     base, xs = models(3, 3000, [torch.float32], 0.01)
     for j, x in enumerate((base, *xs)):
         x[j::500] = bad
