@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hyperllama import __version__
 from hyperllama.config import ModelConfig, validated
+from hyperllama.dtypes import from_safetensors
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import atomic_folder, read_json, sha256_file, write_json
 from hyperllama.flops import Ledger
@@ -28,13 +29,6 @@ FOLDED = "hyperllama_folded_factor"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SHARD_BYTES = 5 * 10**9  # as the field's tools cut them
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-_DTYPE_NAMES = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -74,14 +68,9 @@ class Folder:
         """Shape of a tensor, read from the header."""
         return tuple(self._slice(name).get_shape())
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor, read from the header."""
-        code = self._slice(name).get_dtype()
-        if code not in _DTYPES:
-            raise HyperLlamaError(
-                f"{self.path}: tensor {name} has dtype {code}; weights must be one of {', '.join(_DTYPES)}"
-            )
-        return _DTYPES[code]
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor by its name, read from the header."""
+        return from_safetensors(self._slice(name).get_dtype(), f"{self.path}: tensor {name}")
 
     def tensor(self, name: str) -> Tensor:
         """A tensor on the CPU, over the memory map."""
@@ -202,7 +191,7 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "initializer_range": config.initializer_range,
-        "torch_dtype": _DTYPE_NAMES[dtype],
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": None,
     }

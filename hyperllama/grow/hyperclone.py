@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hyperllama.arena import Arena
+from hyperllama.dtypes import common_dtype
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import check_free
 from hyperllama.flops import Ledger, window_flops
@@ -35,7 +36,6 @@ from hyperllama.hub import (
     write_folder,
 )
 from hyperllama.kernels.grow import check_noise, grow, noise_key
-from hyperllama.kernels.merge import common_dtype
 from hyperllama.model import Llama
 from hyperllama.names import EMBEDDING, HEAD, logical_tensors
 
@@ -115,7 +115,8 @@ def grow_folder(
 def _load(folder: Folder) -> Llama:
     """The folder's model in the dtype that holds all of its weights, on the CPU."""
     config = model_config(folder.config, folder.path)
-    arena = Arena(config, common_dtype([folder.dtype(name) for name in folder.names]), "cpu", training=False)
+    dtype = getattr(torch, common_dtype(folder.dtype(name) for name in folder.names))
+    arena = Arena(config, dtype, "cpu", training=False)
     read_weights(folder, config, arena.logical("weights"))
     return Llama(config, arena)
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import check_free
 from hyperllama.flops import Ledger
-from hyperllama.hub import folder_hashes, write_folder
+from hyperllama.hub import Folder, folder_hashes, write_folder
+from hyperllama.kernels import merge as kernels
+from hyperllama.merge.methods import Call
 from hyperllama.merge.planner import Plan
 from hyperllama.merge.recipe import Recipe
-from hyperllama.merge.steps import Step, TensorSource, tensor_steps
+from hyperllama.merge.steps import Step, tensor_steps
 from hyperllama.names import HEAD
 
 Progress = Callable[[int, int], None]
@@ -31,23 +33,36 @@ class _InMemory:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+    def dtype(self, name: str) -> str:
+        return str(self._tensors[name].dtype).removeprefix("torch.")
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach()
 
 
-def _merged(step: Step, sources: Mapping[str, TensorSource]) -> Tensor:
+def _merged(step: Step, sources: Mapping[str, "_InMemory | Folder"]) -> Tensor:
     tensors = [sources[read.model].tensor(read.tensor) for read in step.inputs]
     base = None if step.base is None else sources[step.base.model].tensor(step.base.tensor)
-    result = step.method.combine(base, tensors, step.values, step.merge_values, step.dtype)
+    result = _combine(step.call, base, tensors, getattr(torch, step.dtype))
     if not torch.isfinite(result).all():
         models = ", ".join(read.model for read in step.reads)
-        raise HyperLlamaError(
-            f"tensor {step.name} merged from {models} has NaN or infinity as {str(step.dtype).removeprefix('torch.')}"
-        )
+        raise HyperLlamaError(f"tensor {step.name} merged from {models} has NaN or infinity as {step.dtype}")
     return result
+
+
+def _combine(call: Call, base: Tensor | None, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if call.op == "linear":
+        return kernels.linear(tensors, call.weights, call.normalize, dtype)
+    assert base is not None  # the plan has one for every method on differences
+    options: dict[str, Any] = {
+        "lam": call.lam,
+        "normalize": call.normalize,
+        "densities": call.densities,
+        "keys": call.keys,
+        "rescale": call.rescale,
+        "out_dtype": dtype,
+    }
+    return (kernels.ties if call.op == "ties" else kernels.task_arithmetic)(base, tensors, call.weights, **options)
 
 
 def merge_tensors(recipe: Recipe, models: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperllama.config import ModelConfig
+from hyperllama.dtypes import BYTES
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import sha256_file
 from hyperllama.hub import Folder, check_tied, factor_is_folded, model_config, open_folder
@@ -32,12 +33,12 @@ class Plan:
     def bytes_read(self) -> int:
         """Bytes of tensors that are read, each as often as it is used."""
         reads = [(prod(step.shape), read) for step in self.steps for read in step.reads]
-        return sum(elements * self.folders[read.model].dtype(read.tensor).itemsize for elements, read in reads)
+        return sum(elements * BYTES[self.folders[read.model].dtype(read.tensor)] for elements, read in reads)
 
     @property
     def bytes_written(self) -> int:
         """Bytes of tensors in the result."""
-        return sum(prod(step.shape) * step.dtype.itemsize for step in self.steps)
+        return sum(prod(step.shape) * BYTES[step.dtype] for step in self.steps)
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain values, for `--dry-run`; a parameter that varies over tensors is [lowest, highest]."""
@@ -54,7 +55,7 @@ class Plan:
             "base_model": self.recipe.base_model,
             "tensors": len(self.steps),
             "elements": sum(prod(step.shape) for step in self.steps),
-            "dtype": ", ".join(sorted({str(step.dtype).removeprefix("torch.") for step in self.steps})),
+            "dtype": ", ".join(sorted({step.dtype for step in self.steps})),
             "parameters": {
                 owner: {name: low if low == high else [low, high] for name, (low, high) in values.items()}
                 for owner, values in ranges.items()
@@ -163,5 +164,5 @@ def plan(recipe: Recipe, cwd: str | Path = ".") -> Plan:
     config = {key: value for key, value in first.config.items() if key != "dtype"}
     config["num_hidden_layers"] = len({step.name.split(".")[2] for step in steps if ".layers." in step.name})
     config["tie_word_embeddings"] = not has_head
-    config["torch_dtype"] = str(steps[0].dtype).removeprefix("torch.")
+    config["torch_dtype"] = steps[0].dtype
     return Plan(recipe, folders, steps, config, tokenizer_from, notes)

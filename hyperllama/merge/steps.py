@@ -8,24 +8,20 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
+from hyperllama.dtypes import common_dtype
 from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels.merge import SMALLEST_DIVISOR, common_dtype
-from hyperllama.merge.methods import METHODS, REQUIRED, Method
+from hyperllama.merge.methods import METHODS, REQUIRED, SMALLEST_DIVISOR, Call, Method
 from hyperllama.merge.recipe import Recipe, Slice, SliceSource, first_set
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
 
 
 class TensorSource(Protocol):
-    """Named tensors of one model; a `hub.Folder` is one."""
+    """What is known of the named tensors of one model without reading them; a `hub.Folder` is one."""
 
     @property
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def tensor(self, name: str) -> Tensor: ...
+    def dtype(self, name: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Step:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     method: Method
     inputs: tuple[Input, ...]
     base: Input | None
@@ -53,6 +49,11 @@ class Step:
     def reads(self) -> tuple[Input, ...]:
         """Every tensor that is read."""
         return self.inputs if self.base is None else (*self.inputs, self.base)
+
+    @property
+    def call(self) -> Call:
+        """The op that makes it."""
+        return self.method.lower(self.values, self.merge_values)
 
 
 def _layers(source: TensorSource) -> int:
@@ -107,7 +108,7 @@ class _Steps:
         self.recipe, self.sources, self.tied = recipe, sources, tied
         self.method = METHODS[recipe.merge_method]
         asked = recipe.out_dtype or recipe.dtype
-        self.dtype: torch.dtype | None = getattr(torch, asked.removeprefix("torch.")) if asked else None
+        self.dtype = asked.removeprefix("torch.") if asked else None
 
     def build(self) -> Iterator[Step]:
         """All steps: embedding from the first slice, layers in order, final norm and head from the last slice."""
@@ -169,7 +170,7 @@ class _Steps:
             raise HyperLlamaError(f"the weights {weights} for tensor {name} sum to zero; normalize divides by the sum")
         reads = inputs if base is None else [*inputs, base]
         shape = self._shape(reads)
-        dtype = self.dtype or common_dtype([self.sources[read.model].dtype(read.tensor) for read in reads])
+        dtype = self.dtype or common_dtype(self.sources[read.model].dtype(read.tensor) for read in reads)
         return Step(name, shape, dtype, method, tuple(inputs), base, tuple(values), merge_values)
 
     def _values(

@@ -1,0 +1,23 @@
+"""The dtypes weights are stored in, by name: what files, plans and recipes know of them without torch."""
+
+from collections.abc import Iterable
+
+from hyperllama.errors import HyperLlamaError
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+SAFETENSORS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def common_dtype(names: Iterable[str]) -> str:
+    """The narrowest dtype that holds all of `names`: bfloat16 and float16 together need float32."""
+    found = set(names)
+    if len(found) == 1:
+        return found.pop()
+    return "float64" if "float64" in found else "float32"
+
+
+def from_safetensors(code: str, where: str) -> str:
+    """The dtype of a safetensors header's code. Raises HyperLlamaError, `where` naming file and tensor, for any other."""
+    if code not in SAFETENSORS:
+        raise HyperLlamaError(f"{where} has dtype {code}; weights must be one of {', '.join(SAFETENSORS)}")
+    return SAFETENSORS[code]
