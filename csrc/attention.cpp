@@ -9,6 +9,12 @@
 #include <cmath>
 #include <limits>
 #include <vector>
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HYPERLLAMA_AMX
+#endif
 
 namespace hyperllama {
 
@@ -70,6 +76,97 @@ inline void wide_tile(int64_t units, const U* a, int64_t ra, int64_t ca, const U
     for (; d + kPanel <= head; d += kPanel) tile<kTile, 2>(units, a, ra, ca, b + d, head, c + d, head, add);
     if (d < head) tile<kTile, 1>(units, a, ra, ca, b + d, head, c + d, head, add);
 }
+
+// How a CPU multiplies: vectors of units, or (below) tiles. `scores` and `wide` give kRows rows: the panel of keys at `b`, and a head.
+template <class U>
+struct Vectors {
+    using Unit = U;
+    static constexpr int64_t kRows = kTile;
+    static constexpr bool kTiles = false;
+    struct Use {};
+    static void scores(int64_t units, const U* a, const U* b, float* c, int64_t rc) {
+        tile<kTile, 2>(units, a, units, 1, b, kPanel, c, rc, false);
+    }
+    static void wide(int64_t units, const U* a, int64_t ra, const U* b, int64_t head, float* c, bool add) {
+        wide_tile(units, a, ra, 1, b, head, c, add);
+    }
+};
+
+#ifdef HYPERLLAMA_AMX
+// Tiles of 16 rows of 64 bytes: AMX, for heads of a multiple of 32. A is [row][unit], B [unit][column]; what a thread has in its
+// tiles is its own from `Tiles::Use` on, as torch's GEMMs set them up for themselves too.
+struct Tiles {
+    using Unit = Pair;
+    static constexpr int64_t kRows = 32;
+    static constexpr bool kTiles = true;
+
+    struct Use {
+        Use() {
+            alignas(64) struct {
+                uint8_t palette = 1, start_row = 0, reserved[14] = {};
+                uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+                uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+            } tiles;
+            _tile_loadconfig(&tiles);
+        }
+        ~Use() { _tile_release(); }
+    };
+
+    // Whether the CPU has them and Linux grants their registers, which it does for the whole process when asked.
+    static bool available() {
+        static const bool granted = [] {
+            unsigned a, b, c, d;
+            constexpr unsigned kBf16 = 1 << 22, kTile = 1 << 24;
+            constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+            return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) && !syscall(SYS_arch_prctl, kRequest, kTileData);
+        }();
+        return granted;
+    }
+
+    // C (32, columns) (+)= A B for columns of a multiple of 32 and units of 16.
+    static void product(int64_t columns, int64_t units, const Pair* a, int64_t ra, const Pair* b, int64_t rb, float* c, int64_t rc,
+                        bool add) {
+        __asm__ volatile("" ::: "memory");  // GCC does not know that its intrinsics read and write memory
+        for (int64_t j = 0; j < columns; j += 32) {
+            float *upper = c + j, *lower = upper + 16 * rc;
+            if (add) {
+                _tile_loadd(0, upper, 4 * rc);
+                _tile_loadd(1, upper + 16, 4 * rc);
+                _tile_loadd(2, lower, 4 * rc);
+                _tile_loadd(3, lower + 16, 4 * rc);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (int64_t k = 0; k < units; k += 16) {
+                _tile_loadd(4, a + k, 4 * ra);
+                _tile_loadd(6, b + k * rb + j, 4 * rb);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, b + k * rb + j + 16, 4 * rb);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, a + 16 * ra + k, 4 * ra);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, upper, 4 * rc);
+            _tile_stored(1, upper + 16, 4 * rc);
+            _tile_stored(2, lower, 4 * rc);
+            _tile_stored(3, lower + 16, 4 * rc);
+        }
+        __asm__ volatile("" ::: "memory");
+    }
+
+    static void scores(int64_t units, const Pair* a, const Pair* b, float* c, int64_t rc) {
+        product(kPanel, units, a, units, b, kPanel, c, rc, false);
+    }
+    static void wide(int64_t units, const Pair* a, int64_t ra, const Pair* b, int64_t head, float* c, bool add) {
+        product(head, units, a, ra, b, head, c, head, add);
+    }
+};
+static_assert(kPanel == 32 && kQueries % Tiles::kRows == 0, "blocks are whole tiles");
+#endif
 
 template <class U>
 using Held = std::conditional_t<kNumbers<U> == 2, bf16, float>;
@@ -150,10 +247,11 @@ static float* scratch(int64_t floats) {
     return reinterpret_cast<float*>(up_to(reinterpret_cast<uintptr_t>(memory.data()), 64));
 }
 
-template <class T, class U>
+template <class T, class How>
 static void forward(const Problem& p, const Task& task, const T* qkv, T* out, float* lse) {
+    using U = typename How::Unit;
     const int64_t h = p.head, n = kNumbers<U>, units = h / n, stride = p.width(), padded = up_to(task.length, kKeys);
-    const int64_t line = padded + kLanes;  // of scores: not a multiple of the page
+    const int64_t line = padded + n * kLanes;  // of scores: not a multiple of the page
     float* memory = scratch(2 * padded * units + kQueries * (2 * line + units + h));
     U *keys = (U*)memory, *values = keys + padded * units, *queries = values + padded * units;
     float *scores = (float*)(queries + kQueries * units), *sums = scores + kQueries * line;
@@ -166,8 +264,8 @@ static void forward(const Problem& p, const Task& task, const T* qkv, T* out, fl
         const int64_t rows = std::min(kQueries, task.length - m);
         pack_left(token + m * stride + j * h, stride, rows, kQueries, h, queries);
         for (int64_t c = 0; c < m + rows; c += kPanel)
-            for (int64_t r = std::max<int64_t>(0, (c - m) / kTile * kTile); r < rows; r += kTile)
-                tile<kTile, 2>(units, queries + r * units, units, 1, keys + c * units, kPanel, scores + r * line + c, line, false);
+            for (int64_t r = std::max<int64_t>(0, (c - m) / How::kRows * How::kRows); r < rows; r += How::kRows)
+                How::scores(units, queries + r * units, keys + c * units, scores + r * line + c, line);
         float inverse[kQueries];
         for (int64_t r = 0; r < kQueries; r++) {
             float* row = scores + r * line;
@@ -181,14 +279,15 @@ static void forward(const Problem& p, const Task& task, const T* qkv, T* out, fl
                 total += x;
                 put_at(shares + r * (line / n), c, x);
             }
-            // a tile of rows reads as much of this one as of its last
-            for (int64_t c = whole; c < m + r / kTile * kTile + kTile; c += kLanes) put_at(shares + r * (line / n), c, Vector{});
+            // a product of rows reads as much of this one as of its last
+            const int64_t read = m + r / How::kRows * How::kRows + How::kRows;
+            for (int64_t c = whole; c < read; c += kLanes) put_at(shares + r * (line / n), c, Vector{});
             const float sum = hyperllama::sum(total);
             inverse[r] = 1 / sum;
             if (r < rows) lse[p.at(task.start + m + r, j)] = shift + std::log(sum);
         }
-        for (int64_t r = 0; r < rows; r += kTile)
-            wide_tile((m + r + kTile + n - 1) / n, shares + r * (line / n), line / n, 1, values, h, sums + r * h, false);
+        for (int64_t r = 0; r < rows; r += How::kRows)
+            How::wide((m + r + How::kRows + n - 1) / n, shares + r * (line / n), line / n, values, h, sums + r * h, false);
         for (int64_t r = 0; r < rows; r++) {
             T* to = out + ((task.start + m + r) * p.heads + j) * h;
 #pragma omp simd
@@ -197,17 +296,29 @@ static void forward(const Problem& p, const Task& task, const T* qkv, T* out, fl
     });
 }
 
-// Gradients of a task's keys and values go to `dkeys` and `dvalues` (padded length, h), which are zeros before; of its queries to dqkv.
-template <class T, class U>
+// [unit of rows][h] as [h][unit of rows].
+template <class U>
+static void turn(const U* in, int64_t units, int64_t head, U* out) {
+    for (int64_t d = 0; d < head; d++)
+        for (int64_t u = 0; u < units; u++) out[d * units + u] = in[u * head + d];
+}
+
+// Gradients of a task's keys and values go to `dkeys` and `dvalues`, which are zeros before, (padded length, h) or, from tiles, which
+// want the units of both sides along queries, turned: (h, turned_line). Those of its queries go to dqkv.
+static int64_t turned_line(int64_t length) { return up_to(length, kKeys) + kLanes; }
+
+template <class T, class How>
 static void backward(const Problem& p, const Task& task, const T* dy, const T* qkv, const T* out, const float* lse, T* dqkv,
                      float* dkeys, float* dvalues) {
+    using U = typename How::Unit;
     const int64_t h = p.head, n = kNumbers<U>, units = h / n, stride = p.width(), padded = up_to(task.length, kKeys);
-    const int64_t line = kKeys + kLanes, wide = p.heads * h;
-    float* memory = scratch(3 * padded * units + kQueries * (4 * units + 4 * line + h));
+    const int64_t line = kKeys + n * kLanes, wide = p.heads * h;
+    float* memory = scratch(3 * padded * units + kQueries * (6 * units + 4 * line + h));
     U *key_columns = (U*)memory, *value_columns = key_columns + padded * units, *key_rows = value_columns + padded * units;
     U *queries = key_rows + padded * units, *grads = queries + kQueries * units;          // [query][unit of h]
     U *query_rows = grads + kQueries * units, *grad_rows = query_rows + kQueries * units;  // [unit of queries][h]
-    float *shares = (float*)(grad_rows + kQueries * units), *scores = shares + kQueries * line, *dqueries = scores + kQueries * line;
+    U *turned_queries = grad_rows + kQueries * units, *turned_grads = turned_queries + kQueries * units;  // [h][unit of queries]
+    float *shares = (float*)(turned_grads + kQueries * units), *scores = shares + kQueries * line, *dqueries = scores + kQueries * line;
     // what sums over queries read, [unit of queries][key], and what the sum over keys reads, [query][unit of keys]
     U *shares_by_query = (U*)shares, *scores_by_query = (U*)scores, *by_key = (U*)scores;
     if (n == 2) {
@@ -226,6 +337,10 @@ static void backward(const Problem& p, const Task& task, const T* dy, const T* q
         pack_left(gradient + m * wide + j * h, wide, rows, kQueries, h, grads);
         pack_rows(token + m * stride + j * h, stride, rows, kQueries, h, query_rows);
         pack_rows(gradient + m * wide + j * h, wide, rows, kQueries, h, grad_rows);
+        if constexpr (How::kTiles) {
+            turn(query_rows, kQueries / n, h, turned_queries);
+            turn(grad_rows, kQueries / n, h, turned_grads);
+        }
         std::memset(dqueries, 0, kQueries * h * sizeof(float));
         float inner[kQueries], shift[kQueries];
         for (int64_t r = 0; r < rows; r++) {
@@ -239,10 +354,10 @@ static void backward(const Problem& p, const Task& task, const T* dy, const T* q
         for (int64_t k = 0; k < m + rows; k += kKeys) {
             const int64_t columns = std::min(kKeys, up_to(m + rows - k, kWhole));
             for (int64_t c = 0; c < columns && c + k < m + rows; c += kPanel)
-                for (int64_t r = std::max<int64_t>(0, (k + c - m) / kTile * kTile); r < rows; r += kTile) {
+                for (int64_t r = std::max<int64_t>(0, (k + c - m) / How::kRows * How::kRows); r < rows; r += How::kRows) {
                     const int64_t at = r * line + c;
-                    tile<kTile, 2>(units, queries + r * units, units, 1, key_columns + (k + c) * units, kPanel, shares + at, line, false);
-                    tile<kTile, 2>(units, grads + r * units, units, 1, value_columns + (k + c) * units, kPanel, scores + at, line, false);
+                    How::scores(units, queries + r * units, key_columns + (k + c) * units, shares + at, line);
+                    How::scores(units, grads + r * units, value_columns + (k + c) * units, scores + at, line);
                 }
             for (int64_t r = 0; r < kQueries; r++) {
                 float *share = shares + r * line, *score = scores + r * line;
@@ -267,17 +382,29 @@ static void backward(const Problem& p, const Task& task, const T* dy, const T* q
                         put_at(by_key + r * key_line, c, y);
                         put_at(by_key + (r + 1) * key_line, c, next_y);
                     }
-            for (int64_t c = 0; c < columns; c += kTile) {
-                const int64_t first = std::max<int64_t>(0, k + c - m) / n;  // earlier queries don't see these keys
-                const int64_t left = first * line + c, right = first * h, to = (k + c) * h;
-                if (first * n >= rows) break;
-                wide_tile(kQueries / n - first, shares_by_query + left, 1, line, grad_rows + right, h, dvalues + to, true);
-                wide_tile(kQueries / n - first, scores_by_query + left, 1, line, query_rows + right, h, dkeys + to, true);
+            // earlier queries don't see these keys
+            if constexpr (How::kTiles) {
+                for (int64_t c = 0; c < columns && k + c < m + rows; c += kPanel) {
+                    const int64_t all = kQueries / n, first = std::max<int64_t>(0, k + c - m) / n, right = first * line + c;
+                    for (int64_t d = 0; d < h; d += How::kRows) {
+                        const int64_t left = d * all + first, across = turned_line(task.length), to = d * across + k + c;
+                        How::product(kPanel, all - first, turned_grads + left, all, shares_by_query + right, line, dvalues + to, across, true);
+                        How::product(kPanel, all - first, turned_queries + left, all, scores_by_query + right, line, dkeys + to, across, true);
+                    }
+                }
+            } else {
+                for (int64_t c = 0; c < columns; c += kTile) {
+                    const int64_t first = std::max<int64_t>(0, k + c - m) / n;
+                    const int64_t left = first * line + c, right = first * h, to = (k + c) * h;
+                    if (first * n >= rows) break;
+                    wide_tile(kQueries / n - first, shares_by_query + left, 1, line, grad_rows + right, h, dvalues + to, true);
+                    wide_tile(kQueries / n - first, scores_by_query + left, 1, line, query_rows + right, h, dkeys + to, true);
+                }
             }
-            for (int64_t r = 0; r < rows; r += kTile) {
-                const int64_t seen = std::min(columns, m + r + kTile - k);
+            for (int64_t r = 0; r < rows; r += How::kRows) {
+                const int64_t seen = std::min(columns, m + r + How::kRows - k);
                 if (seen > 0)
-                    wide_tile((seen + n - 1) / n, by_key + r * key_line, key_line, 1, key_rows + k * units, h, dqueries + r * h, true);
+                    How::wide((seen + n - 1) / n, by_key + r * key_line, key_line, key_rows + k * units, h, dqueries + r * h, true);
             }
         }
         for (int64_t r = 0; r < rows; r++) {
@@ -313,40 +440,45 @@ static void each(int64_t count, int threads, F f) {
     for (int64_t i = 0; i < count; i++) f(i);
 }
 
-template <class T, class U>
+template <class T, class How>
 static void attention(const Problem& p, const std::vector<Task>& tasks, const T* qkv, T* out, float* lse) {
-    each(int64_t(tasks.size()), int(p.threads), [&](int64_t i) { forward<T, U>(p, tasks[i], qkv, out, lse); });
+    each(int64_t(tasks.size()), int(p.threads), [&](int64_t i) {
+        [[maybe_unused]] typename How::Use use;
+        forward<T, How>(p, tasks[i], qkv, out, lse);
+    });
 }
 
 // Parts of one document and kv head follow each other in `tasks`; each sums into memory of its own, and they are added in order.
-template <class T, class U>
+template <class T, class How>
 static void attention_backward(const Problem& p, const std::vector<Task>& tasks, const T* dy, const T* qkv, const T* out,
                                const float* lse, T* dqkv) {
     const int64_t h = p.head;
     std::vector<std::vector<float>> sums(tasks.size());
     auto finish = [&](size_t first) {
         const Task& task = tasks[first];
-        const int64_t half = up_to(task.length, kKeys) * h;
+        const int64_t half = turned_line(task.length) * h;
         for (int64_t part = 1; part < task.parts; part++) {
             float *total = sums[first].data(), *more = sums[first + part].data();
 #pragma omp simd
             for (int64_t i = 0; i < 2 * half; i++) total[i] += more[i];
         }
         for (int64_t t = 0; t < task.length; t++) {
-            const float *key = sums[first].data() + t * h, *value = key + half;
+            const int64_t row = How::kTiles ? 1 : h, column = How::kTiles ? turned_line(task.length) : 1;
+            const float *key = sums[first].data() + t * row, *value = key + half;
             T *dkey = dqkv + (task.start + t) * p.width() + (p.heads + task.kv) * h, *dvalue = dkey + p.kv_heads * h;
 #pragma omp simd
             for (int64_t d = 0; d < h; d++) {
-                store(dkey + d, key[d] * p.scale);
-                store(dvalue + d, value[d]);
+                store(dkey + d, key[d * column] * p.scale);
+                store(dvalue + d, value[d * column]);
             }
         }
         for (int64_t part = 0; part < task.parts; part++) std::vector<float>().swap(sums[first + part]);
     };
     each(int64_t(tasks.size()), int(p.threads), [&](int64_t i) {
-        const int64_t half = up_to(tasks[i].length, kKeys) * h;
+        [[maybe_unused]] typename How::Use use;
+        const int64_t half = turned_line(tasks[i].length) * h;
         sums[i].assign(2 * half, 0.0f);
-        backward<T, U>(p, tasks[i], dy, qkv, out, lse, dqkv, sums[i].data(), sums[i].data() + half);
+        backward<T, How>(p, tasks[i], dy, qkv, out, lse, dqkv, sums[i].data(), sums[i].data() + half);
         if (tasks[i].parts == 1) finish(i);
     });
     each(int64_t(tasks.size()), int(p.threads), [&](int64_t i) {
@@ -363,11 +495,18 @@ static bool fit(const int32_t* borders, int64_t documents, int64_t tokens) {
     return true;
 }
 
-#ifdef __AVX512BF16__
-using Bf16Unit = Pair;
-#else
-using Bf16Unit = float;
+// Calls f with the way to multiply bf16. CPUs with tiles multiply pairs more slowly than fp32 vectors.
+template <class F>
+static void multiplying_bf16(int64_t head, F f) {
+#ifdef HYPERLLAMA_AMX
+    if (Tiles::available()) return head % 32 ? f(Vectors<float>{}) : f(Tiles{});
 #endif
+#ifdef __AVX512BF16__
+    f(Vectors<Pair>{});
+#else
+    f(Vectors<float>{});
+#endif
+}
 
 }  // namespace hyperllama
 
@@ -382,9 +521,9 @@ HYPERLLAMA_API int hyperllama_attention(int is_bf16, const void* qkv, void* out,
     if (!fit(cu_seqlens, documents, batch * seq_len)) return 0;
     const auto tasks = tasks_of(p, cu_seqlens, cu_seqlens ? documents : batch);
     if (is_bf16)
-        attention<bf16, Bf16Unit>(p, tasks, (const bf16*)qkv, (bf16*)out, lse);
+        multiplying_bf16(head, [&](auto how) { attention<bf16, decltype(how)>(p, tasks, (const bf16*)qkv, (bf16*)out, lse); });
     else
-        attention<float, float>(p, tasks, (const float*)qkv, (float*)out, lse);
+        attention<float, Vectors<float>>(p, tasks, (const float*)qkv, (float*)out, lse);
     return 1;
 }
 
@@ -396,8 +535,10 @@ HYPERLLAMA_API int hyperllama_attention_backward(int is_bf16, const void* dy, co
     if (!fit(cu_seqlens, documents, batch * seq_len)) return 0;
     const auto tasks = tasks_of(p, cu_seqlens, cu_seqlens ? documents : batch);
     if (is_bf16)
-        attention_backward<bf16, Bf16Unit>(p, tasks, (const bf16*)dy, (const bf16*)qkv, (const bf16*)out, lse, (bf16*)dqkv);
+        multiplying_bf16(head, [&](auto how) {
+            attention_backward<bf16, decltype(how)>(p, tasks, (const bf16*)dy, (const bf16*)qkv, (const bf16*)out, lse, (bf16*)dqkv);
+        });
     else
-        attention_backward<float, float>(p, tasks, (const float*)dy, (const float*)qkv, (const float*)out, lse, (float*)dqkv);
+        attention_backward<float, Vectors<float>>(p, tasks, (const float*)dy, (const float*)qkv, (const float*)out, lse, (float*)dqkv);
     return 1;
 }
