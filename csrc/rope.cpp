@@ -1,5 +1,5 @@
 // rope: see kernels/rope.py for the formulas. One row of qkv per token; arithmetic is fp32, rounded once.
-#include "common.h"
+#include "vector.h"
 
 namespace hyperllama {
 
@@ -20,12 +20,13 @@ static void rope(const T* qkv, T* out, const float* cos, const float* sin, const
             for (int64_t head = 0; head < rotated; head++) {
                 const T *a = qkv + t * width + 2 * head * half, *b = a + half;
                 T *x = out + t * width + 2 * head * half, *y = x + half;
-#pragma omp simd
-                for (int64_t j = 0; j < half; j++) {
-                    float first = load(a + j), second = load(b + j), sine = sign * s[j];
-                    store(x + j, first * c[j] - second * sine);
-                    store(y + j, second * c[j] + first * sine);
-                }
+                each_vector(half, [=](int64_t j, auto n) {
+                    ask_ahead(a + j);
+                    ask_ahead(x + j);
+                    const Vector first = vector(a + j, n), second = vector(b + j, n), cosine = vector(c + j, n), sine = sign * vector(s + j, n);
+                    put(x + j, first * cosine - second * sine, n);
+                    put(y + j, second * cosine + first * sine, n);
+                });
             }
             const int64_t done = 2 * rotated * half;
             std::memcpy(static_cast<void*>(out + t * width + done), qkv + t * width + done, (width - done) * sizeof(T));
