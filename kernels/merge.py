@@ -36,7 +36,7 @@ from hyperllama.kernels.backend import choose, csrc, define, pointer
 from hyperllama.kernels.counter import signed, uniform
 
 SMALLEST_DIVISOR = 1e-8
-SMALLEST_NORM = 1e-7
+SMALLEST_L1 = 1e-7
 RESCALE = ("none", "density", "norm")
 CSRC_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 1 << 18  # elements of each tensor that the reference of gram widens at a time
@@ -110,8 +110,8 @@ def random_mask(shape: torch.Size, density: float, key: int, device: torch.devic
 def rescaling(delta: Tensor, kept: Tensor) -> Tensor:
     """The fp64 factor that gives `kept` the L1 norm of `delta`; 1 when either norm is next to nothing."""
     before, after = delta.abs().sum(dtype=torch.float64), kept.abs().sum(dtype=torch.float64)
-    small = (before < SMALLEST_NORM) | (after < SMALLEST_NORM)
-    return torch.where(small, torch.ones_like(before), before / after.clamp(min=SMALLEST_NORM))
+    small = (before < SMALLEST_L1) | (after < SMALLEST_L1)
+    return torch.where(small, torch.ones_like(before), before / after.clamp(min=SMALLEST_L1))
 
 
 def _trim(

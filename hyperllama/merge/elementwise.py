@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hyperllama.kernels.counter import uniform
-from hyperllama.kernels.merge import SMALLEST_DIVISOR, arithmetic_dtype, largest, random_mask, rescaling
+from hyperllama.kernels.merge import SMALLEST_DIVISOR, SMALLEST_L1, arithmetic_dtype, largest, random_mask, rescaling
 from hyperllama.merge.methods import Call, TensorCall
 from hyperllama.merge.spherical import SMALLEST_NORM, SMALLEST_NORM_PRODUCT, SMALLEST_SINE
 
@@ -55,10 +55,9 @@ def nuslerp(base: Tensor | None, tensors: Sequence[Tensor], t: float, dim: int) 
     first, second = tensors if base is None else [tensor - base for tensor in tensors]
     a, b = first.double(), second.double()
     norms = a.norm(dim=dim, keepdim=True), b.norm(dim=dim, keepdim=True)
-    defined = (norms[0] > SMALLEST_NORM) & (norms[1] > SMALLEST_NORM)
-    product = torch.where(defined, norms[0] * norms[1], 1.0)
+    product = torch.where(torch.minimum(*norms) > SMALLEST_NORM, norms[0] * norms[1], torch.inf)
     angle = ((a * b).sum(dim, keepdim=True) / product).clamp(-1, 1).acos()
-    curved = defined & (angle.sin() > SMALLEST_SINE)
+    curved = angle.sin() > SMALLEST_SINE
     sine = torch.where(curved, angle.sin(), 1.0)
     from_first = torch.where(curved, ((1 - t) * angle).sin() / sine, 1 - t)
     from_second = torch.where(curved, (t * angle).sin() / sine, t)
@@ -179,6 +178,16 @@ def sum_rounded(terms: Sequence[Tensor]) -> Tensor:
     return total.to(terms[0].dtype)
 
 
+def _rescaled(call: Call, delta: Tensor, kept: Tensor) -> Tensor:
+    """`kept` with the L1 norm of `delta`."""
+    if call.working is None:
+        return kept * rescaling(delta, kept).to(kept.dtype)
+    if call.keys and delta.dtype == torch.float16:  # mergekit widens what it trims at random, and nothing else
+        return _rescaled(call, delta.float(), kept.float()).to(torch.float16)
+    before, after = delta.abs().sum(), kept.abs().sum()
+    return kept if min(before, after) < SMALLEST_L1 else kept * (before / after)
+
+
 def _task_vectors(call: Call, base: Tensor | None, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     assert base is not None  # the plan has one for every method on differences
     base = base.to(dtype)
@@ -188,7 +197,7 @@ def _task_vectors(call: Call, base: Tensor | None, tensors: Sequence[Tensor], dt
         delta = tensor.to(dtype) - base
         kept = delta * mask_of(call, i, delta)
         if call.rescale == "norm" and call.densities[i] < 1:
-            kept = (_wide(kept) * rescaling(_wide(delta), _wide(kept))).to(dtype)
+            kept = _rescaled(call, delta, kept)
         products.append(weight * kept)
     total, divisor = sum_rounded(products), sum_rounded(list(weights))
     if call.op == "ties":
@@ -197,5 +206,5 @@ def _task_vectors(call: Call, base: Tensor | None, tensors: Sequence[Tensor], dt
         total = sum_rounded([product * agree for product, agree in zip(products, agrees, strict=True)])
         divisor = sum_rounded([weight * agree for weight, agree in zip(weights, agrees, strict=True)])
     if call.normalize:
-        total = total / torch.where(divisor.abs() < SMALLEST_DIVISOR, 1.0, divisor).to(dtype)
-    return base + torch.tensor(call.lam, dtype=dtype) * total
+        total = total / torch.where(_wide(divisor).abs() < SMALLEST_DIVISOR, 1.0, divisor).to(dtype)
+    return base + call.lam * total

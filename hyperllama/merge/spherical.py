@@ -4,8 +4,8 @@ Everything these methods ask of whole tensors (norms, angles, points on the sphe
 sum_i c_i x_i is its coefficients c, with inner product <c, e> = c G e. So one pass gives G, a few numbers of fp64 are worked
 out here, without torch, and a second pass makes the sum. With a base, x_i stands for the difference to it.
 
-    slerp, nuslerp   (sin((1-t) a) x_0 + sin(t a) x_1) / sin a, a the angle between both; (1-t) x_0 + t x_1 when a is not defined
-                     (a zero tensor), or they are nearly parallel: |cos a| > 0.9995 (slerp), sin a < 1e-4 (nuslerp)
+    slerp, nuslerp   (sin((1-t) a) x_0 + sin(t a) x_1) / sin a, a the angle between both, a right one when a tensor is zero;
+                     (1-t) x_0 + t x_1 when they are nearly parallel: |cos a| > 0.9995 (slerp), sin a < 1e-4 (nuslerp)
     multislerp       u_i = x_i / (|x_i| + eps), m = unit(sum w_i u_i), v = sum w_i (u_i - <u_i, m> m):
                      (cos|v| m + sin|v| v / |v|) sum w_i |x_i|; sum w_i x_i when the weighted units cancel
     karcher          fixed point of m -> exp_m(mean_i log_m(u_i)) over unit tensors u_i, times the mean norm
@@ -56,9 +56,7 @@ def _clamp(cosine: float) -> float:
 
 def _arc(gram: Gram, t: float, largest_cosine: float, smallest_sine: float) -> Vector:
     norms = _norms(gram)
-    if min(norms) < SMALLEST_NORM:
-        return [1 - t, t]
-    cosine = _clamp(gram[0][1] / norms[0] / norms[1])
+    cosine = _clamp(gram[0][1] / norms[0] / norms[1]) if min(norms) > SMALLEST_NORM else 0.0
     angle = acos(cosine)
     if abs(cosine) > largest_cosine or sin(angle) < smallest_sine:
         return [1 - t, t]

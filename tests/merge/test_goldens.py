@@ -58,6 +58,7 @@ CASES = [
     "ties_perdens_fp32_outbf16",
     "ties_rescale_fp16",
 ]
+NEWER = [case for case in CASES if case.startswith(("linear", "slices_linear")) and "mixed" not in case]
 BIT_EQUAL = ("ta_", "ties_", "dare_", "breadcrumbs_")
 
 
@@ -75,6 +76,18 @@ def decided(ambiguous: dict[str, Tensor], name: str, size: int) -> np.ndarray:
     if name not in ambiguous:
         return np.ones(size, bool)
     return np.unpackbits(ambiguous[name].numpy().ravel())[:size] == 0
+
+
+def unmarked_ties(goldens: Path, name: str) -> np.ndarray:
+    """Where breadcrumbs_gamma001_fp16 has a tie that its masks, made from mergekit 0.1.4, don't mark: in tensors of
+    fewer than 100 elements, which 0.1.4 leaves as the base has them."""
+    folders = [goldens / "models" / "A_tied_bf16" / model for model in ("base", "isl", "fao")]
+    base, *others = (load_file(folder / "model.safetensors")[name].float() for folder in folders)
+    tied = torch.zeros(base.shape, dtype=torch.bool)
+    for other in others:
+        magnitude = (other - base).abs()
+        tied |= magnitude == magnitude.sort(descending=True).values[base.numel() // 2 - 1]
+    return tied.numpy()
 
 
 def test_no_golden_is_left_out(goldens: Path) -> None:
@@ -99,7 +112,10 @@ def test_golden(case: str, compat: str | None, goldens: Path, tmp_path: Path) ->
         assert ours[name].shape == golden.shape
         finite = golden.isfinite().flatten().numpy()
         assert finite.all() or name in entry["golden_nonfinite"]
-        errors = scaled_ulps(ours[name], golden)[decided(ambiguous, name, golden.numel()) & finite]
+        judged = decided(ambiguous, name, golden.numel()) & finite
+        if case == "breadcrumbs_gamma001_fp16" and golden.numel() < 100:
+            judged &= ~unmarked_ties(goldens, name)
+        errors = scaled_ulps(ours[name], golden)[judged]
         beyond += int((errors > limit).sum())
         elements += errors.size
     assert beyond <= tolerance.get("mask_outliers", 0.0) * elements
@@ -113,7 +129,7 @@ def test_golden(case: str, compat: str | None, goldens: Path, tmp_path: Path) ->
         assert config[key] == golden_config[key]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "linear" in case and "mixed" not in case])
+@pytest.mark.parametrize("case", NEWER)
 def test_linear_is_bit_equal_to_the_newer_mergekit(case: str, goldens: Path, tmp_path: Path) -> None:
     run(plan(read_recipe(goldens / "configs" / f"{case}.yaml"), goldens), tmp_path / "out")
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", goldens / "golden015" / case))
