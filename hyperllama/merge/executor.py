@@ -14,7 +14,6 @@ from hyperllama.files import check_free
 from hyperllama.flops import Ledger
 from hyperllama.hub import Folder, folder_hashes, write_folder
 from hyperllama.kernels import merge as kernels
-from hyperllama.merge import elementwise
 from hyperllama.merge.methods import Call, TensorCall
 from hyperllama.merge.planner import Plan
 from hyperllama.merge.recipe import Recipe
@@ -52,6 +51,8 @@ def _merged(step: Step, sources: Mapping[str, "_InMemory | Folder"]) -> Tensor:
 
 
 def _combine(call: Call | TensorCall, base: Tensor | None, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    from hyperllama.merge import elementwise
+
     if isinstance(call, TensorCall):
         return elementwise.run(call, base, tensors).to(dtype)
     if call.coefficients is not None:
@@ -111,6 +112,7 @@ def _card(plan: Plan) -> dict[str, Any]:
         "token_counts_by_model": by_model,
         "made_from": made_from,
         "recipe": plan.recipe.source,
+        "hyperllama": plan.recipe.hyperllama.model_dump(),
         "notes": plan.notes,
     }
 

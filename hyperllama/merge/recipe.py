@@ -135,7 +135,8 @@ class Slice(_Strict):
 class Extensions(_Strict):
     """What HyperLlama understands beyond mergekit, under `hyperllama:`.
 
-    seed: of the random masks of DARE and DELLA. compat: "mergekit" rounds every operation to the working dtype, as it does.
+    seed: of the random masks of DARE and DELLA. compat: "mergekit" rounds every operation of linear and of the task-vector
+    methods to the working dtype, as it does; the others differ from it by rounding alone.
     """
 
     seed: int = 0
