@@ -16,7 +16,7 @@ from hyperllama.merge.recipe import Recipe, Slice, SliceSource, first_set
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
 
 SHARES = {"density", "gamma", "select_topk"}
-LIMITS = {"epsilon", "eps", "tol", "max_iter", "r", "alpha"}
+NOT_NEGATIVE = {"epsilon", "eps", "tol", "max_iter", "r", "alpha"}
 
 
 class TensorSource(Protocol):
@@ -114,7 +114,7 @@ def _check_value(name: str, value: Any, default: Any, where: str) -> float | boo
         raise HyperLlamaError(f"{name} of {where} is {str(value).lower()}, expected a number")
     if name in SHARES and not 0 <= value <= 1:
         raise HyperLlamaError(f"{name} of {where} is {value}, expected a share between 0 and 1")
-    if name in LIMITS and value < 0:
+    if name in NOT_NEGATIVE and value < 0:
         raise HyperLlamaError(f"{name} of {where} is {value}, expected a number that is not negative")
     return value
 
@@ -174,7 +174,7 @@ class _Steps:
             inner = (source.parameters, part.parameters, recipe.parameters)
             inputs.append(entry)
             values.append(self._values(method.model_parameters, inner, tensor, t, f"{source.model}, tensor {tensor}"))
-        if method.needs_base and base is None:
+        if method.base != "input" and base_label is not None and base is None:
             raise HyperLlamaError(
                 f"a slice lacks a source with its base_model {base_label}, which {recipe.merge_method} needs"
             )

@@ -129,6 +129,16 @@ class TestDefinitions:
         weight = np.clip(0.05 / np.abs(other - base), 0, 1)
         close(merged("nearswap", given, True, {"t": 0.05}), base + weight * (other - base))
 
+    def test_arcee_fusion(self) -> None:
+        given = models(1)
+        base, (other,) = fp64(given)
+        p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) + 1e-8 for x in (other, base))
+        importance = np.abs(other - base) * (p * np.log(p / q)).sum(1, keepdims=True)
+        low, median, high = np.quantile(importance, [0.25, 0.5, 0.75], method="lower")
+        taken = importance >= median + 1.5 * (high - low)
+        assert 0 < taken.sum() < taken.size
+        close(merged("arcee_fusion", given, True), base + (other - base) * taken)
+
     def test_ram(self) -> None:
         given = models(3)
         base, others = fp64(given)
@@ -227,6 +237,14 @@ class TestEdges:
     def test_refusals(self, method: str, count: int, top: dict[str, Any], sentence: str) -> None:
         with pytest.raises(HyperLlamaError, match=sentence):
             merged(method, models(count), True, top)
+
+    @pytest.mark.parametrize("method", ["ties", "multislerp"])
+    def test_a_slice_without_the_base_is_refused(self, method: str, make_model: MakeModel, tmp_path: Path) -> None:
+        make_model("base", 1), make_model("a", 2)
+        slices = [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]
+        keys = {"merge_method": method, "base_model": "base", "slices": slices, "parameters": {"weight": 1}}
+        with pytest.raises(HyperLlamaError, match=f"lacks a source with its base_model base, which {method} needs"):
+            plan(parse_recipe(json.dumps(keys), "recipe"), tmp_path)
 
 
 class TestRandomMasks:

@@ -64,6 +64,10 @@ def test_keys_without_effect_are_noted() -> None:
     ]
 
 
+def test_the_tokenizer_may_be_that_of_any_model() -> None:
+    assert parse_recipe(f"merge_method: linear\ntokenizer_source: b\n{TWO}", "x").tokenizer_source == "b"
+
+
 def test_what_may_be_empty() -> None:
     recipe = parse_recipe(f"merge_method: linear\nparameters:\nhyperllama:\ntokenizer_source:\n{TWO}", "x")
     assert recipe.parameters == {}
