@@ -226,6 +226,8 @@ def merge_command(
         Path, typer.Argument(metavar="RECIPE.yaml", help="mergekit YAML; paths relative to the working folder.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    seed: Annotated[int | None, typer.Option(help="Seed of random masks, in place of the recipe's.")] = None,
+    compat: Annotated[str | None, typer.Option(help="mergekit: round every operation as it does.")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -233,9 +235,9 @@ def merge_command(
     """Merge models by a mergekit recipe."""
     from hyperllama.merge.executor import check_output, run
     from hyperllama.merge.planner import plan
-    from hyperllama.merge.recipe import read_recipe
+    from hyperllama.merge.recipe import read_recipe, with_extensions
 
-    planned = plan(read_recipe(recipe), Path.cwd())
+    planned = plan(with_extensions(read_recipe(recipe), seed=seed, compat=compat), Path.cwd())
     if dry_run:
         check_output(planned, out)
         _print(planned.describe() | {"writes": str(out)}, as_json)

@@ -9,18 +9,10 @@ This is the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) a
 Triton and C++ give the same bits. Reference only.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 _GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-def key_of(*parts: str | int) -> int:
-    """A 64-bit key from names and seeds."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def signed(value: int) -> int:

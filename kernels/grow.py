@@ -24,7 +24,8 @@ from torch import Tensor
 
 from hyperllama.errors import HyperLlamaError
 from hyperllama.kernels.backend import choose, csrc, define, pointer, wide
-from hyperllama.kernels.counter import key_of, signed, uniform
+from hyperllama.kernels.counter import signed, uniform
+from hyperllama.keys import key_of
 
 MIN_NOISE_DB = 4.78  # sqrt(3) * 10^(-dB/20) <= 1 keeps the larger share at most S
 

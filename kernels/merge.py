@@ -36,13 +36,14 @@ from hyperllama.kernels.backend import choose, csrc, define, pointer
 from hyperllama.kernels.counter import signed, uniform
 
 SMALLEST_DIVISOR = 1e-8
-SMALLEST_NORM = 1e-7
+SMALLEST_L1 = 1e-7
 RESCALE = ("none", "density", "norm")
 CSRC_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 1 << 18  # elements of each tensor that the reference of gram widens at a time
 
 
-def _arithmetic_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+def arithmetic_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that a merge of these tensors is computed in."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
@@ -81,7 +82,7 @@ def linear_reference(
     tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool, out_dtype: torch.dtype
 ) -> Tensor:
     """Weighted sum or mean, in plain torch."""
-    total = torch.zeros(tensors[0].shape, dtype=_arithmetic_dtype(tensors), device=tensors[0].device)
+    total = torch.zeros(tensors[0].shape, dtype=arithmetic_dtype(tensors), device=tensors[0].device)
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor, alpha=weight)
     if normalize:
@@ -89,10 +90,9 @@ def linear_reference(
     return total.to(out_dtype)
 
 
-def largest(delta: Tensor, density: float) -> Tensor:
-    """Mask of the floor(density * n) elements largest in magnitude, ties by lowest flat index; NaN is always kept."""
+def largest(delta: Tensor, k: int) -> Tensor:
+    """Mask of the `k` elements largest in magnitude, ties by lowest flat index; NaN is always kept."""
     n = delta.numel()
-    k = int(density * n)
     if k == 0:
         return delta.isnan()
     magnitude = delta.abs().flatten()
@@ -107,11 +107,11 @@ def random_mask(shape: torch.Size, density: float, key: int, device: torch.devic
     return (uniform(key, torch.arange(shape.numel(), device=device)) < density).view(shape)
 
 
-def _rescale(delta: Tensor, kept: Tensor) -> Tensor:
+def rescaling(delta: Tensor, kept: Tensor) -> Tensor:
     """The fp64 factor that gives `kept` the L1 norm of `delta`; 1 when either norm is next to nothing."""
     before, after = delta.abs().sum(dtype=torch.float64), kept.abs().sum(dtype=torch.float64)
-    small = (before < SMALLEST_NORM) | (after < SMALLEST_NORM)
-    return torch.where(small, torch.ones_like(before), before / after.clamp(min=SMALLEST_NORM))
+    small = (before < SMALLEST_L1) | (after < SMALLEST_L1)
+    return torch.where(small, torch.ones_like(before), before / after.clamp(min=SMALLEST_L1))
 
 
 def _trim(
@@ -121,9 +121,13 @@ def _trim(
     if not densities:
         return torch.ones((), dtype=torch.bool, device=delta.device), 1.0
     density = densities[index]
-    mask = random_mask(delta.shape, density, keys[index], delta.device) if keys else largest(delta, density)
+    mask = (
+        random_mask(delta.shape, density, keys[index], delta.device)
+        if keys
+        else largest(delta, int(density * delta.numel()))
+    )
     if rescale == "norm":
-        return mask, _rescale(delta, delta * mask)
+        return mask, rescaling(delta, delta * mask)
     return mask, 1 / density if rescale == "density" and density > 0 else 1.0
 
 
@@ -145,7 +149,7 @@ def task_arithmetic_reference(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Base plus the weighted sum or mean of the trimmed differences to it, in plain torch."""
-    base = base.to(_arithmetic_dtype([base, *tensors]))
+    base = base.to(arithmetic_dtype([base, *tensors]))
     total = torch.zeros_like(base)
     for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
         delta = tensor - base
@@ -171,7 +175,7 @@ def ties_reference(
 
     Two passes over the models, and only a mask per model is kept between them.
     """
-    base = base.to(_arithmetic_dtype([base, *tensors]))
+    base = base.to(arithmetic_dtype([base, *tensors]))
     masks: list[Tensor] = []
     scales: list[Tensor | float] = []
     elected = torch.zeros_like(base)
@@ -195,7 +199,7 @@ def ties_reference(
 
 def gram_reference(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
     """Inner products of all pairs in plain torch, chunk by chunk."""
-    dtype = _arithmetic_dtype([*tensors, *([] if base is None else [base])])
+    dtype = arithmetic_dtype([*tensors, *([] if base is None else [base])])
     total = torch.zeros(len(tensors), len(tensors), dtype=torch.float64, device=tensors[0].device)
     flat = [tensor.flatten() for tensor in tensors]
     for start in range(0, flat[0].numel(), CHUNK):

@@ -14,7 +14,7 @@ from hyperllama.files import check_free
 from hyperllama.flops import Ledger
 from hyperllama.hub import Folder, folder_hashes, write_folder
 from hyperllama.kernels import merge as kernels
-from hyperllama.merge.methods import Call
+from hyperllama.merge.methods import Call, TensorCall
 from hyperllama.merge.planner import Plan
 from hyperllama.merge.recipe import Recipe
 from hyperllama.merge.steps import Step, tensor_steps
@@ -50,7 +50,17 @@ def _merged(step: Step, sources: Mapping[str, "_InMemory | Folder"]) -> Tensor:
     return result
 
 
-def _combine(call: Call, base: Tensor | None, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _combine(call: Call | TensorCall, base: Tensor | None, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    from hyperllama.merge import elementwise
+
+    if isinstance(call, TensorCall):
+        return elementwise.run(call, base, tensors).to(dtype)
+    if call.coefficients is not None:
+        call = call.weighted(kernels.gram(base, tensors).tolist())
+    elif call.working is not None:
+        return elementwise.rounded(call, base, tensors).to(dtype)
+    elif call.gammas or call.epsilons:
+        return elementwise.trimmed(call, base, tensors).to(dtype)
     if call.op == "linear":
         return kernels.linear(tensors, call.weights, call.normalize, dtype)
     assert base is not None  # the plan has one for every method on differences
@@ -102,6 +112,7 @@ def _card(plan: Plan) -> dict[str, Any]:
         "token_counts_by_model": by_model,
         "made_from": made_from,
         "recipe": plan.recipe.source,
+        "hyperllama": plan.recipe.hyperllama.model_dump(),
         "notes": plan.notes,
     }
 

@@ -51,6 +51,7 @@ class Plan:
                     ranges[owner][name] = (min(low, value), max(high, value))
         return {
             "method": self.recipe.merge_method,
+            "hyperllama": self.recipe.hyperllama.model_dump(),
             "models": list(self.folders),
             "base_model": self.recipe.base_model,
             "tensors": len(self.steps),

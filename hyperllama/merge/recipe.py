@@ -10,7 +10,7 @@ Embedding, final norm and LM head are at t = 0; a slice of one layer is at t = 1
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -133,7 +133,14 @@ class Slice(_Strict):
 
 
 class Extensions(_Strict):
-    """What HyperLlama understands beyond mergekit, under `hyperllama:`; nothing yet."""
+    """What HyperLlama understands beyond mergekit, under `hyperllama:`.
+
+    seed: of the random masks of DARE and DELLA. compat: "mergekit" rounds every operation of linear and of the task-vector
+    methods to the working dtype, as it does; the others differ from it by rounding alone.
+    """
+
+    seed: int = 0
+    compat: Literal["mergekit"] | None = None
 
 
 class Recipe(_Strict):
@@ -167,11 +174,11 @@ class Recipe(_Strict):
             name = getattr(self, key)
             if name is not None and name.removeprefix("torch.") not in DTYPES:
                 raise ValueError(f"{key} '{name}' is not supported; {nearest(name, DTYPES)}")
-        if self.tokenizer is not None or self.tokenizer_source not in (None, "base"):
+        if self.tokenizer is not None or self.tokenizer_source not in (None, "base", *self.model_names):
             key = "tokenizer_source" if self.tokenizer is None else "tokenizer"
             raise ValueError(
-                f"{key} is not supported beyond 'tokenizer_source: base': all models must share one tokenizer, "
-                "which is copied to the result; remove the key"
+                f"{key} is not supported beyond 'tokenizer_source: base' or a model's name: all models must share one "
+                "tokenizer, which is copied to the result; remove the key"
             )
         if self.tokenizer_source == "base" and not self.base_model:
             raise ValueError("tokenizer_source is 'base', but there is no base_model")
@@ -233,3 +240,17 @@ def parse_recipe(text: str, where: str | Path) -> Recipe:
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file. Raises HyperLlamaError naming file and key."""
     return parse_recipe(read_text(path), path)
+
+
+def with_extensions(recipe: Recipe, **values: Any) -> Recipe:
+    """The recipe with keys of its `hyperllama:` mapping replaced by those values that are not None.
+
+    Raises HyperLlamaError for a value that the key can't have.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    try:
+        extensions = Extensions.model_validate(recipe.hyperllama.model_dump() | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise HyperLlamaError(f"--{first['loc'][0]} {first['input']!r}: {first['msg']}") from None
+    return recipe.model_copy(update={"hyperllama": extensions})

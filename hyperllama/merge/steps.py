@@ -5,14 +5,18 @@ recipe --slices--> layers of models --names, shapes, parameters--> [Step, Step, 
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from hyperllama.dtypes import common_dtype
 from hyperllama.errors import HyperLlamaError
-from hyperllama.merge.methods import METHODS, REQUIRED, SMALLEST_DIVISOR, Call, Method
+from hyperllama.keys import key_of
+from hyperllama.merge.methods import METHODS, REQUIRED, Call, Method, TensorCall
 from hyperllama.merge.recipe import Recipe, Slice, SliceSource, first_set
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
+
+SHARES = {"density", "gamma", "select_topk"}
+NOT_NEGATIVE = {"epsilon", "eps", "tol", "max_iter", "r", "alpha"}
 
 
 class TensorSource(Protocol):
@@ -34,7 +38,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Step:
-    """How one output tensor is made: `method` over `inputs` (and `base`), each input with its own `values`."""
+    """How one output tensor is made: `method` over `inputs` (and `base`), each input with its own `values`.
+
+    seed: of the random masks. working: the dtype that every operation rounds to under `compat: mergekit`, else None.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -44,6 +51,8 @@ class Step:
     base: Input | None
     values: tuple[dict[str, float], ...]
     merge_values: dict[str, Any]
+    seed: int = 0
+    working: str | None = None
 
     @property
     def reads(self) -> tuple[Input, ...]:
@@ -51,9 +60,16 @@ class Step:
         return self.inputs if self.base is None else (*self.inputs, self.base)
 
     @property
-    def call(self) -> Call:
+    def call(self) -> Call | TensorCall:
         """The op that makes it."""
-        return self.method.lower(self.values, self.merge_values)
+        call = self.method.lower(self.values, self.merge_values)
+        if isinstance(call, TensorCall):
+            return call
+        if self.method.base == "optional" and self.base is not None:
+            call = replace(call, op="task_arithmetic")
+        if self.method.random:
+            call = replace(call, keys=tuple(key_of(self.seed, self.name, read.model) for read in self.inputs))
+        return replace(call, working=self.working)
 
 
 def _layers(source: TensorSource) -> int:
@@ -96,8 +112,10 @@ def _check_value(name: str, value: Any, default: Any, where: str) -> float | boo
         return bool(value)
     if isinstance(value, bool):
         raise HyperLlamaError(f"{name} of {where} is {str(value).lower()}, expected a number")
-    if name == "density" and not 0 <= value <= 1:
-        raise HyperLlamaError(f"density of {where} is {value}, expected a share between 0 and 1")
+    if name in SHARES and not 0 <= value <= 1:
+        raise HyperLlamaError(f"{name} of {where} is {value}, expected a share between 0 and 1")
+    if name in NOT_NEGATIVE and value < 0:
+        raise HyperLlamaError(f"{name} of {where} is {value}, expected a number that is not negative")
     return value
 
 
@@ -149,29 +167,40 @@ class _Steps:
         base: Input | None = None
         for source, tensor in zip(part.sources, names, strict=True):
             entry = Input(source.model, EMBEDDING if tensor == HEAD and source.model in self.tied else tensor)
-            if method.needs_base and base_label and self.sources[source.model] is self.sources[base_label]:
+            is_base = base_label is not None and self.sources[source.model] is self.sources[base_label]
+            if is_base and method.base != "input":
                 base = entry
                 continue
             inner = (source.parameters, part.parameters, recipe.parameters)
             inputs.append(entry)
             values.append(self._values(method.model_parameters, inner, tensor, t, f"{source.model}, tensor {tensor}"))
-        if method.needs_base and base is None:
+        if method.base != "input" and base_label is not None and base is None:
             raise HyperLlamaError(
                 f"a slice lacks a source with its base_model {base_label}, which {recipe.merge_method} needs"
             )
         if not inputs:
             raise HyperLlamaError(f"{recipe.merge_method} needs a model besides its base_model {base_label}")
+        if base is not None and method.base == "first":
+            inputs, values, base = [base, *inputs], [{}, *values], None
+        least, most = method.inputs
+        if not least <= len(inputs) <= most:
+            expected = f"exactly {least}" if least == most else f"at least {least}"
+            besides = "" if base is None else f" besides its base_model {base_label}"
+            raise HyperLlamaError(
+                f"{recipe.merge_method} merges {expected} model{'s' if least > 1 else ''}{besides}, tensor {name} has "
+                f"{len(inputs)}: {', '.join(read.model for read in inputs)}"
+            )
         levels = (part.parameters, recipe.parameters)
         merge_values = self._values(method.merge_parameters, levels, name, t, f"tensor {name}")
-        weights = [value["weight"] for value in values if "weight" in value]
-        # all weights zero is a plain way to say: leave this tensor as the base has it
-        keeps_base = method.needs_base and not any(weights)
-        if method.divides and merge_values["normalize"] and not keeps_base and abs(sum(weights)) < SMALLEST_DIVISOR:
-            raise HyperLlamaError(f"the weights {weights} for tensor {name} sum to zero; normalize divides by the sum")
+        if problem := method.problem(values, merge_values):
+            raise HyperLlamaError(f"tensor {name}: {problem}")
         reads = inputs if base is None else [*inputs, base]
         shape = self._shape(reads)
-        dtype = self.dtype or common_dtype(self.sources[read.model].dtype(read.tensor) for read in reads)
-        return Step(name, shape, dtype, method, tuple(inputs), base, tuple(values), merge_values)
+        stored = common_dtype(self.sources[read.model].dtype(read.tensor) for read in reads)
+        dtype = self.dtype or stored
+        working = (recipe.dtype or stored).removeprefix("torch.") if recipe.hyperllama.compat else None
+        seed = recipe.hyperllama.seed
+        return Step(name, shape, dtype, method, tuple(inputs), base, tuple(values), merge_values, seed, working)
 
     def _values(
         self, parameters: dict[str, Any], levels: tuple[dict[str, Any], ...], tensor: str, t: float, where: str

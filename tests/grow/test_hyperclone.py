@@ -17,8 +17,9 @@ from hyperllama.files import read_json
 from hyperllama.flops import window_flops
 from hyperllama.grow.hyperclone import grow_folder, grow_tensor, plan_growth
 from hyperllama.hub import model_config, open_folder
-from hyperllama.kernels.counter import key_of, uniform
+from hyperllama.kernels.counter import uniform
 from hyperllama.kernels.grow import MIN_NOISE_DB, grow, noise_key
+from hyperllama.keys import key_of
 from hyperllama.model import Llama
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
 from tests.reference import logits, random_ids, random_model, read, relative_error, shape, write

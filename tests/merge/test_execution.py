@@ -258,7 +258,7 @@ class TestRefusals:
         models = [{"model": name, "parameters": {"weight": w}} for name, w in (("a", 1), ("b", -1), ("c", 0))]
         keys = {"base_model": "c", "models": models[: 3 if method == "linear" else 2]}
         made = recipe(merge_method=method, parameters={"normalize": True}, **keys)
-        self.refused(made, tmp_path, r"the weights .* for tensor model.embed_tokens.weight sum to zero")
+        self.refused(made, tmp_path, r"tensor model.embed_tokens.weight: the weights .* sum to zero")
 
     def test_a_base_alone(self, make_model: MakeModel, tmp_path: Path) -> None:
         make_model("a")

@@ -10,14 +10,41 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hyperllama.merge import plan, read_recipe, run
+from hyperllama.merge.recipe import with_extensions
 
 CASES = [
+    "arcee_fusion_fp32",
+    "breadcrumbs_fp32",
+    "breadcrumbs_gamma001_fp16",
+    "breadcrumbs_ties_fp16",
+    "dare_linear_d1_lam_fp32_outbf16",
+    "dare_ties_d1_fp16",
+    "karcher_fp32_outbf16",
     "linear_gradfilter_fp32",
     "linear_mixed_tied_untied_fp16",
     "linear_nodtype_fp32in",
     "linear_paper5",
     "linear_uneq_nonorm_fp16",
     "linear_uneq_norm_bf16",
+    "model_stock_filterwise_fp32",
+    "model_stock_fp32_outbf16",
+    "multislerp_base_fp16",
+    "multislerp_base_uneq_fp32",
+    "multislerp_nonorm_fp32_outbf16",
+    "multislerp_paper5",
+    "nearswap_bf16",
+    "nuslerp_base_fp32",
+    "nuslerp_colwise_fp32_outbf16",
+    "nuslerp_rowwise_fp32_outbf16",
+    "nuslerp_w46_fp16",
+    "passthrough_stack_scale_bf16",
+    "ram_fp32_outbf16",
+    "ramplus_tl_fp32_outbf16",
+    "sce_top02_fp32_outbf16",
+    "sce_top1_fp16",
+    "slerp_t03_fp32",
+    "slerp_t05_fp16",
+    "slerp_tgrad_fp32_outbf16",
     "slices_linear_fp16",
     "ta_grad_untied_fp16",
     "ta_paper5",
@@ -31,6 +58,8 @@ CASES = [
     "ties_perdens_fp32_outbf16",
     "ties_rescale_fp16",
 ]
+NEWER = [case for case in CASES if case.startswith(("linear", "slices_linear")) and "mixed" not in case]
+BIT_EQUAL = ("ta_", "ties_", "dare_", "breadcrumbs_")
 
 
 def scaled_ulps(ours: Tensor, golden: Tensor) -> np.ndarray:
@@ -49,22 +78,47 @@ def decided(ambiguous: dict[str, Tensor], name: str, size: int) -> np.ndarray:
     return np.unpackbits(ambiguous[name].numpy().ravel())[:size] == 0
 
 
+def unmarked_ties(goldens: Path, name: str) -> np.ndarray:
+    """Where breadcrumbs_gamma001_fp16 has a tie that its masks, made from mergekit 0.1.4, don't mark: in tensors of
+    fewer than 100 elements, which 0.1.4 leaves as the base has them."""
+    folders = [goldens / "models" / "A_tied_bf16" / model for model in ("base", "isl", "fao")]
+    base, *others = (load_file(folder / "model.safetensors")[name].float() for folder in folders)
+    tied = torch.zeros(base.shape, dtype=torch.bool)
+    for other in others:
+        magnitude = (other - base).abs()
+        tied |= magnitude == magnitude.sort(descending=True).values[base.numel() // 2 - 1]
+    return tied.numpy()
+
+
+def test_no_golden_is_left_out(goldens: Path) -> None:
+    assert set(CASES) == set(json.loads((goldens / "manifest.json").read_text())["cases"])
+
+
+@pytest.mark.parametrize("compat", [None, "mergekit"])
 @pytest.mark.parametrize("case", CASES)
-def test_golden(case: str, goldens: Path, tmp_path: Path) -> None:
+def test_golden(case: str, compat: str | None, goldens: Path, tmp_path: Path) -> None:
     entry = json.loads((goldens / "manifest.json").read_text())["cases"][case]
-    run(plan(read_recipe(goldens / entry["config"]), goldens), tmp_path / "out")
+    run(plan(with_extensions(read_recipe(goldens / entry["config"]), compat=compat), goldens), tmp_path / "out")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", goldens / "golden" / case))
     mask_file = goldens / "ambiguous" / f"{case}.safetensors"
     ambiguous = load_file(mask_file) if mask_file.is_file() else {}
 
     assert set(theirs) <= set(ours) if entry["subset"] else set(theirs) == set(ours)
-    worst = 0.0
+    tolerance = entry["tolerance"]
+    limit = 0.0 if compat and case.startswith(BIT_EQUAL) else tolerance["max_sulp"]
+    beyond, elements = 0, 0
     for name, golden in theirs.items():
         assert ours[name].dtype == golden.dtype
         assert ours[name].shape == golden.shape
-        errors = scaled_ulps(ours[name], golden)[decided(ambiguous, name, golden.numel())]
-        worst = max(worst, float(errors.max(initial=0.0)))
-    assert worst <= entry["tolerance"]["max_sulp"]
+        finite = golden.isfinite().flatten().numpy()
+        assert finite.all() or name in entry["golden_nonfinite"]
+        judged = decided(ambiguous, name, golden.numel()) & finite
+        if case == "breadcrumbs_gamma001_fp16" and golden.numel() < 100:
+            judged &= ~unmarked_ties(goldens, name)
+        errors = scaled_ulps(ours[name], golden)[judged]
+        beyond += int((errors > limit).sum())
+        elements += errors.size
+    assert beyond <= tolerance.get("mask_outliers", 0.0) * elements
 
     config, golden_config = (
         json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", goldens / "golden" / case)
@@ -75,7 +129,7 @@ def test_golden(case: str, goldens: Path, tmp_path: Path) -> None:
         assert config[key] == golden_config[key]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "linear" in case and "mixed" not in case])
+@pytest.mark.parametrize("case", NEWER)
 def test_linear_is_bit_equal_to_the_newer_mergekit(case: str, goldens: Path, tmp_path: Path) -> None:
     run(plan(read_recipe(goldens / "configs" / f"{case}.yaml"), goldens), tmp_path / "out")
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", goldens / "golden015" / case))

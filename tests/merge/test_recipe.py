@@ -64,6 +64,10 @@ def test_keys_without_effect_are_noted() -> None:
     ]
 
 
+def test_the_tokenizer_may_be_that_of_any_model() -> None:
+    assert parse_recipe(f"merge_method: linear\ntokenizer_source: b\n{TWO}", "x").tokenizer_source == "b"
+
+
 def test_what_may_be_empty() -> None:
     recipe = parse_recipe(f"merge_method: linear\nparameters:\nhyperllama:\ntokenizer_source:\n{TWO}", "x")
     assert recipe.parameters == {}
@@ -82,7 +86,7 @@ def model(parameters: str, more: str = "") -> str:
         (f"merge_methd: linear\n{TWO}", r"unknown key 'merge_methd'; did you mean 'merge_method'\?"),
         (TWO, r"merge_method: Field required"),
         (f"merge_method: lineer\n{TWO}", r"merge_method 'lineer' is unknown; did you mean 'linear'\?"),
-        (f"merge_method: frankenmerge\n{TWO}", r"valid are linear, task_arithmetic, ties"),
+        (f"merge_method: frankenmerge\n{TWO}", r"valid are arcee_fusion, breadcrumbs, .*, ties"),
         ("merge_method: linear\nmodels: [{model: a, paramters: {}}]", r"models\[0\]: .*did you mean 'parameters'\?"),
         (model("{wieght: 1}"), r"models\[0\].parameters.wieght is no parameter of ties; did you mean 'weight'\?"),
         (model("{t: 1}"), r"parameters.t is no parameter of ties; valid are density, weight"),
@@ -102,7 +106,12 @@ def model(parameters: str, more: str = "") -> str:
         (f"merge_method: linear\ntokenizer_source: union\n{TWO}", r"tokenizer_source is not supported beyond"),
         (f"merge_method: linear\ntokenizer: {{source: base}}\n{TWO}", r"tokenizer is not supported beyond"),
         (f"merge_method: linear\ntokenizer_source: base\n{TWO}", r"there is no base_model"),
-        (f"merge_method: linear\nhyperllama: {{seed: 1}}\n{TWO}", r"hyperllama: unknown key 'seed'"),
+        (
+            f"merge_method: linear\nhyperllama: {{sed: 1}}\n{TWO}",
+            r"hyperllama: unknown key 'sed'; did you mean 'seed'\?",
+        ),
+        (f"merge_method: linear\nhyperllama: {{seed: x}}\n{TWO}", r"hyperllama.seed: .*integer"),
+        (f"merge_method: linear\nhyperllama: {{compat: x}}\n{TWO}", r"hyperllama.compat: .*'mergekit'"),
         (f"merge_method: linear\nsource: x\n{TWO}", r"unknown key 'source'"),
         ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [2, 2]}]}]", r"holds no layer"),
         (
