@@ -51,7 +51,7 @@ def plan_growth(path: str | Path, operators: Sequence[Operator]) -> dict[str, An
         "parameters": {"before": small.num_parameters, "after": large.num_parameters},
         "seq_len": seq_len,
         "dense_flops_per_window": costs,
-        "dense_flops_per_token": {key: cost / seq_len for key, cost in costs.items()},
+        "dense_flops_per_token": {key: cost // seq_len for key, cost in costs.items()},
         "shared_quantum": {
             "flops": quantum,
             "windows": quantum // costs["before"],

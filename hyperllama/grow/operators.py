@@ -181,12 +181,16 @@ class Widen(Operator):
     def grown(self, config: ModelConfig) -> ModelConfig:
         return config.grown(self.factor, self.ffn, self.head_factor())
 
-    def axes(self, config: ModelConfig, layer: int | None) -> tuple[Axis, Axis, Axis]:
-        """Residual stream, key-value groups and neurons of a layer."""
+    def residual(self, config: ModelConfig) -> Axis:
+        """The residual stream."""
         raise NotImplementedError
 
-    def noise_of(self, name: str) -> float | None:
-        """The noise of a layer's matrix, in dB."""
+    def layer_axes(self, config: ModelConfig, layer: int) -> tuple[Axis, Axis]:
+        """Key-value groups and neurons of a layer."""
+        raise NotImplementedError
+
+    def noise(self) -> float | None:
+        """The noise on the layers' matrices, in dB."""
         return None
 
     def upper(self, name: str, layer: int, config: ModelConfig) -> str | None:
@@ -194,11 +198,11 @@ class Widen(Operator):
         return None
 
     def tensors(self, config: ModelConfig) -> dict[str, TensorMap]:
-        residual, _, _ = self.axes(config, None)
+        residual = self.residual(config)
         vocabulary, heads = Axis(config.vocab_size), config.num_heads // config.num_kv_heads * config.head_dim
         maps = {EMBEDDING: TensorMap(EMBEDDING, vocabulary, residual, outputs=True)}
         for layer in range(config.num_layers):
-            _, groups, neurons = self.axes(config, layer)
+            groups, neurons = self.layer_axes(config, layer)
             query, key = groups.spread(heads), groups.spread(config.head_dim)
             matrices = {
                 "self_attn.q_proj": (query, residual),
@@ -215,7 +219,7 @@ class Widen(Operator):
             for part, (rows, cols) in matrices.items():
                 name = f"model.layers.{layer}.{part}.weight"
                 upper = self.upper(part, layer, config)
-                maps[name] = TensorMap(name, rows, cols, upper=upper, noise_db=self.noise_of(name), seed=self.seed)
+                maps[name] = TensorMap(name, rows, cols, upper=upper, noise_db=self.noise(), seed=self.seed)
         maps[FINAL_NORM] = TensorMap(FINAL_NORM, residual, gain=self.head_factor() if config.tie_embeddings else None)
         maps[HEAD] = TensorMap(HEAD, vocabulary, residual)
         return {tensor.name: maps[tensor.name] for tensor in logical_tensors(config)}
@@ -246,15 +250,18 @@ class HyperClone(Widen):
     def head_factor(self) -> int:
         return 1 << (self.factor - 1).bit_length() if self.split == "dyadic" else self.factor
 
-    def axes(self, config: ModelConfig, layer: int | None) -> tuple[Axis, Axis, Axis]:
-        stream = "even" if self.split == "uneven" else self.split
+    def residual(self, config: ModelConfig) -> Axis:
+        return Axis(
+            config.hidden_size, self.factor, _shares(self.factor, self.split) if self.split == "dyadic" else None
+        )
+
+    def layer_axes(self, config: ModelConfig, layer: int) -> tuple[Axis, Axis]:
         return (
-            Axis(config.hidden_size, self.factor, _shares(self.factor, stream)),
             Axis(config.num_kv_heads, self.factor, _shares(self.factor, self.split)),
             Axis(config.intermediate_size, self.ffn, _shares(self.ffn, self.split)),
         )
 
-    def noise_of(self, name: str) -> float | None:
+    def noise(self) -> float | None:
         return self.noise_db
 
 
@@ -279,16 +286,16 @@ class RandomCopies(Widen):
     def exact(self) -> bool:
         return False  # a unit with three copies is divided by three
 
-    def axes(self, config: ModelConfig, layer: int | None) -> tuple[Axis, Axis, Axis]:
-        size, kv, ffn = config.hidden_size, config.num_kv_heads, config.intermediate_size
+    def residual(self, config: ModelConfig) -> Axis:
+        size = config.hidden_size
         tiles = [np.argsort(_draws(self.seed, f"residual {i}", size), kind="stable") for i in range(1, self.factor)]
-        residual = Axis(size, units=np.concatenate([np.arange(size), *tiles]))
-        if layer is None:
-            return residual, Axis(kv), Axis(ffn)
-        groups = Axis(kv, self.factor)
+        return Axis(size, units=np.concatenate([np.arange(size), *tiles]))
+
+    def layer_axes(self, config: ModelConfig, layer: int) -> tuple[Axis, Axis]:
+        groups = Axis(config.num_kv_heads, self.factor)
         if self.rule != "net2wider":
-            groups = _random(self.seed, f"heads {layer}", kv, self.factor)
-        return residual, groups, _random(self.seed, f"neurons {layer}", ffn, self.ffn)
+            groups = _random(self.seed, f"heads {layer}", config.num_kv_heads, self.factor)
+        return groups, _random(self.seed, f"neurons {layer}", config.intermediate_size, self.ffn)
 
     def upper(self, name: str, layer: int, config: ModelConfig) -> str | None:
         if self.rule != "aki" or layer + 1 == config.num_layers:

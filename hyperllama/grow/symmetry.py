@@ -5,6 +5,7 @@ A clone's matrix is p x q copies of an old one, W_ij. The share of its energy th
     sum_ij |W_ij - mean_i W_ij|^2 / sum_ij |W_ij|^2
 
 and the same over j for column copies: 0 for a fresh clone without noise, (p - 1)/p for copies that have nothing in common.
+Copies that were given unequal shares (dyadic, lemon) count as apart by that much from the start.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from hyperllama.config import ModelConfig
 from hyperllama.errors import HyperLlamaError
 from hyperllama.grow.operators import HyperClone
 from hyperllama.hub import Folder, model_config, open_folder
+from hyperllama.names import logical_tensors
 
 CHUNK = 1 << 22  # elements held in fp64 at a time
 
@@ -42,7 +44,13 @@ def symmetry(path: str | Path, factor: int | None = None, ffn_factor: int | None
             raise HyperLlamaError(f"{path}: {key} is {getattr(config, key)}, no multiple of the factor {copies}")
     small: ModelConfig = config.model_copy(update={key: getattr(config, key) // f for key, f in widths.items()})
     rows, total = [], torch.zeros(3, dtype=torch.float64)
+    shapes = {tensor.name: tensor.shape for tensor in logical_tensors(config)}
     for name, how in clone.tensors(small).items():
+        if folder.shape(name) != shapes[name]:
+            raise HyperLlamaError(
+                f"{path}: tensor {name} has shape {folder.shape(name)}, config.json asks for {shapes[name]}"
+            )
+        folder.dtype(name)  # refuses quantised weights
         q = how.cols.copies if how.cols else 1
         energies = _energies(folder.tensor(name), how.rows.copies, q)
         total += energies
