@@ -248,6 +248,8 @@ def grow_command(
         claim = "preserved" if verified["preserved"] else "NOT preserved"
         if not verified["claimed"]:
             claim += f" ({method} does not keep it; checked: all logits are finite)"
+        elif not verified["preserved"]:
+            claim += " (the copies' shares are rounded to the weights' dtype)"
         elif "vocabulary" in method.split(","):
             claim += " (on the old tokens)"
         print(

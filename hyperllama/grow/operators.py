@@ -149,7 +149,7 @@ class Operator:
 
     def describe(self) -> dict[str, Any]:
         """What a grown model's card says about it."""
-        return {"method": self.method, **asdict(self)}
+        return {"method": self.method} | {key: value for key, value in asdict(self).items() if key != "rule"}
 
 
 @dataclass(frozen=True)
@@ -251,9 +251,8 @@ class HyperClone(Widen):
         return 1 << (self.factor - 1).bit_length() if self.split == "dyadic" else self.factor
 
     def residual(self, config: ModelConfig) -> Axis:
-        return Axis(
-            config.hidden_size, self.factor, _shares(self.factor, self.split) if self.split == "dyadic" else None
-        )
+        shares = _shares(self.factor, "dyadic") if self.split == "dyadic" else None
+        return Axis(config.hidden_size, self.factor, shares)
 
     def layer_axes(self, config: ModelConfig, layer: int) -> tuple[Axis, Axis]:
         return (
@@ -301,10 +300,6 @@ class RandomCopies(Widen):
         if self.rule != "aki" or layer + 1 == config.num_layers:
             return None
         return f"model.layers.{layer + 1}.{name}.weight"
-
-    def describe(self) -> dict[str, Any]:
-        values = asdict(self)
-        return {"method": values.pop("rule"), **values}
 
 
 @dataclass(frozen=True)
@@ -357,10 +352,6 @@ class Deepen(Operator):
                 last = part in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
             maps[tensor.name] = replace(_as_is(source, tensor.shape), zero=inserted and last, fresh=inserted)
         return maps
-
-    def describe(self) -> dict[str, Any]:
-        values = asdict(self)
-        return {"method": values.pop("rule"), **values}
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ def grow_through(maps: Sequence[dict[str, TensorMap]], name: str, read: Read) ->
 def grow_arena(small: Arena, large: Arena, operator: Operator) -> None:
     """Grow weights and, where both arenas train, masters and moments from one arena into another, a tensor at a time.
 
-    Extra memory is one grown tensor. The step count is the caller's: it goes on, bias corrections with it.
+    Extra memory is one grown tensor (aki: two). The step count is the caller's and goes on, bias corrections with it: moments that
+    start at zero (inserted layers, new tokens) take (1 - b1)/sqrt(1 - b2) of a full first step, 0.45 with the defaults.
     Raises HyperLlamaError when `large` is not of the operator's shape or the arenas' dtypes differ.
     """
     if large.config != operator.grown(small.config) or large.dtype != small.dtype:
