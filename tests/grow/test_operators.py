@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from hyperllama.arena import Arena
 from hyperllama.errors import HyperLlamaError
+from hyperllama.grow.folder import grow_folder
 from hyperllama.grow.operators import (
     Deepen,
     GrowVocabulary,
@@ -20,7 +22,16 @@ from hyperllama.grow.operators import (
 from hyperllama.grow.tensors import grow_arena, grow_tensor, grow_through
 from hyperllama.model import Llama
 from hyperllama.names import EMBEDDING, logical_tensors
-from tests.reference import logits, random_ids, random_model, relative_error, shape, their_logits, transformers_llama
+from tests.reference import (
+    logits,
+    random_ids,
+    random_model,
+    relative_error,
+    shape,
+    their_logits,
+    transformers_llama,
+    write,
+)
 
 CONFIGS = {
     "tied": shape(num_layers=3),
@@ -299,3 +310,17 @@ def test_what_does_not_fit_a_model_is_refused(operator, message):
 def test_plans_need_no_torch():
     code = "import sys, hyperllama.grow.operators; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@configs
+@pytest.mark.parametrize(
+    "operator", [HyperClone(3, 5, split="dyadic"), RandomCopies(2), Deepen("identity")], ids=lambda o: o.method
+)
+def test_a_grown_folder_loads_in_transformers_with_the_same_logits(config, operator, tmp_path):
+    dtype = torch.bfloat16 if operator.exact else torch.float32
+    path = write(random_model(config, dtype), tmp_path / "small")
+    assert grow_folder(path, tmp_path / "grown", [operator])["verified"]["preserved"]
+    small, large = (LlamaForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("small", "grown"))
+    ids = random_ids(config, 2, 13)
+    with torch.no_grad():
+        assert relative_error(large(ids).logits, small(ids).logits) < 3e-6
