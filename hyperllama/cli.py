@@ -190,34 +190,89 @@ def flops_command(
 def grow_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Hugging Face Llama folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    factor: Annotated[int, typer.Option(help="Integer by which every width grows.")] = 2,
-    noise_db: Annotated[
-        float | None, typer.Option(help="Signal-to-noise ratio of the paired noise; default: none.")
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[,NAME]...",
+            help="Applied in turn: hyperclone, lemon, net2wider, fpi, aki (wider), stack, interleave, solar, identity "
+            "(deeper), vocabulary.",
+        ),
+    ] = "hyperclone",
+    factor: Annotated[int | None, typer.Option(help="Integer by which every width grows; default: 2.")] = None,
+    ffn_factor: Annotated[int | None, typer.Option(help="The FFN's factor; default: --factor.")] = None,
+    dyadic: Annotated[
+        bool, typer.Option("--dyadic", help="hyperclone: shares are powers of two, exact in bf16 by any factor.")
+    ] = False,
+    depth_factor: Annotated[int | None, typer.Option(help="Times as many layers; default: 2.")] = None,
+    drop: Annotated[
+        int | None, typer.Option(help="solar: layers each of the two copies leaves out; default: a quarter.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="NEW", help="vocabulary: the tokenizer with more tokens, file or folder.")
+    ] = None,
+    noise_db: Annotated[
+        float | None, typer.Option(help="hyperclone: signal-to-noise ratio of the paired noise; default: none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of random maps.")] = 0,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Grow a model wider by HyperCloning and verify that it still computes the same function."""
-    from hyperllama.grow.hyperclone import grow_folder, plan_growth
+    """Grow a model wider, deeper or by tokens, and verify whether it still computes the same function."""
+    from hyperllama.grow.operators import make_operators
+
+    pieces = None
+    if tokenizer is not None:
+        from hyperllama.data.tokenizer import Tokenizer
+        from hyperllama.grow.vocabulary import token_pieces
+
+        pieces = token_pieces(Tokenizer.load(source), Tokenizer.load(tokenizer))
+    operators = make_operators(
+        method.split(","), factor=factor, ffn_factor=ffn_factor, depth_factor=depth_factor, drop=drop, dyadic=dyadic,
+        noise_db=noise_db, seed=seed, pieces=pieces,
+    )  # fmt: skip
+    from hyperllama.grow.folder import grow_folder, plan_growth
 
     if dry_run:
         check_free(out)
-        _print(plan_growth(source, factor, noise_db, seed) | {"writes": str(out)}, as_json)
+        _print(plan_growth(source, operators) | {"writes": str(out)}, as_json)
         return
     with _bar("grow", disable=quiet) as progress:
-        result = grow_folder(source, out, factor, noise_db=noise_db, seed=seed, progress=progress)
+        result = grow_folder(source, out, operators, tokenizer=tokenizer, progress=progress)
     verified = result["verified"]
     if as_json:
         _print(result, True)
     else:
         before, after = result["parameters"]["before"], result["parameters"]["after"]
         print(f"{out}: {before:,} -> {after:,} parameters")
+        claim = "preserved" if verified["preserved"] else "NOT preserved"
+        if not verified["claimed"]:
+            claim += f" ({method} does not keep it; checked: all logits are finite)"
+        elif not verified["preserved"]:
+            claim += " (the copies' shares are rounded to the weights' dtype)"
+        elif "vocabulary" in method.split(","):
+            claim += " (on the old tokens)"
         print(
             f"largest logit difference on {verified['tokens']} random tokens, in fp32: {verified['max_logit_difference']:.3g} "
-            f"(largest logit {verified['max_logit']:.3g}): function {'preserved' if verified['preserved'] else 'NOT preserved'}"
+            f"(largest logit {verified['max_logit']:.3g}): function {claim}"
         )
+
+
+@app.command("symmetry")
+def symmetry_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a clone.")],
+    factor: Annotated[int | None, typer.Option(help="Width factor of the clone; default: its card's.")] = None,
+    ffn_factor: Annotated[int | None, typer.Option(help="The FFN's factor; default: --factor.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure, tensor by tensor, the share of a clone's energy that its copies do not have in common (0: still equal)."""
+    from hyperllama.grow.symmetry import symmetry
+
+    rows = symmetry(folder, factor, ffn_factor)
+    if as_json:
+        _print(rows, True)
+    else:
+        _table([{key: "-" if cell is None else cell for key, cell in row.items()} for row in rows])
 
 
 @app.command("merge")

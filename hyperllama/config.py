@@ -56,19 +56,20 @@ class ModelConfig(Settings):
 
         return sum(tensor.size for tensor in logical_tensors(self))
 
-    def grown(self, factor: int) -> "ModelConfig":
+    def grown(self, factor: int, ffn_factor: int | None = None, head_factor: int | None = None) -> "ModelConfig":
         """The shape after HyperCloning by `factor`: widths and heads times factor, head_dim kept.
 
-        A tied head's factor is multiplied along (its input grew, its shared table can't be divided).
+        `ffn_factor` is the FFN's where it differs. A tied head's factor is multiplied along (its input grew, its shared table
+        can't be divided): by `head_factor` where the copies do not share by 1/factor.
         """
-        head = self.lm_head_normalization_factor * (factor if self.tie_embeddings else 1)
+        head = (factor if head_factor is None else head_factor) if self.tie_embeddings else 1
         return self.model_copy(
             update={
                 "hidden_size": self.hidden_size * factor,
-                "intermediate_size": self.intermediate_size * factor,
+                "intermediate_size": self.intermediate_size * (factor if ffn_factor is None else ffn_factor),
                 "num_heads": self.num_heads * factor,
                 "num_kv_heads": self.num_kv_heads * factor,
-                "lm_head_normalization_factor": head,
+                "lm_head_normalization_factor": self.lm_head_normalization_factor * head,
             }
         )
 

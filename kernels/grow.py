@@ -131,12 +131,13 @@ def grow(source: Tensor, row_copies: int, col_copies: int, *, noise_db: float | 
 def remap(source: Tensor, rows: Tensor, cols: Tensor, scale: Tensor | None = None) -> Tensor:
     """Matrix (len(rows), len(cols)) of the given rows and columns of `source` (R, C), column j times scale[j].
 
-    rows, cols: int64 vectors; scale: fp32 vector as long as cols; the dtype of `source` is kept. Indices are read on the host.
+    rows, cols: int64 vectors; scale: fp32 vector (fp64 may scale fp64) as long as cols; the dtype of `source` is kept. Indices
+    are read on the host.
     Raises IndexError for an index outside of `source`, ValueError for other dtypes or shapes.
     """
     if source.dim() != 2 or any(index.dim() != 1 or index.dtype != torch.int64 for index in (rows, cols)):
         raise ValueError("remap takes a matrix and int64 vectors of rows and columns")
-    if scale is not None and (scale.shape != cols.shape or scale.dtype != torch.float32):
+    if scale is not None and (scale.shape != cols.shape or scale.dtype not in (torch.float32, wide(source.dtype))):
         raise ValueError(f"remap takes one fp32 scale per column, got {tuple(scale.shape)} {scale.dtype}")
     return _remap(source, rows, cols, scale)
 

@@ -102,7 +102,19 @@ def damaged(folder: Path, to: Path, name: str, *, cut: int = 0) -> Path:
 
 def test_help_names_the_verbs_and_version_is_the_packages(run):
     text = run("--help").out
-    for verb in ("train", "grow", "merge", "eval", "flops", "generate", "experiment", "runs", "data", "tokenizer"):
+    for verb in (
+        "train",
+        "grow",
+        "symmetry",
+        "merge",
+        "eval",
+        "flops",
+        "generate",
+        "experiment",
+        "runs",
+        "data",
+        "tokenizer",
+    ):
         assert verb in text
         assert run(verb, "--help").code == 0
     assert run("--version").out.strip() == __version__
@@ -145,6 +157,29 @@ def test_flops_of_a_folder_and_of_the_recipe_that_made_it(run, model, recipe):
     assert of_folder == of_recipe
     assert {"parameters", "dense_flops_per_window", "causal_flops_per_window", "shared_quantum"} <= set(of_folder)
     assert of_folder["shared_quantum"]["flops"] % of_folder["grown"]["dense_flops_per_window"] == 0
+
+
+def test_growth_methods_and_symmetry(run, refuse, model, tmp_path):
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    deep = run("grow", model, tmp_path / "deep", "--method", "lemon,identity", "--ffn-factor", 3, "--json").json
+    assert deep["model"]["num_layers"] == 2 * layers
+    assert [step["method"] for step in deep["growth"]] == ["lemon", "identity"]
+    assert deep["verified"]["preserved"] and deep["verified"]["claimed"]
+    quantum = deep["shared_quantum"]
+    assert quantum["windows_grown"] * deep["dense_flops_per_window"]["after"] == quantum["flops"]
+    said = run("grow", model, tmp_path / "stack", "--method", "stack").out
+    assert "NOT preserved (stack does not keep it; checked: all logits are finite)" in said
+    assert run("grow", model, tmp_path / "third", "--factor", 3, "--dyadic", "--json").json["verified"]["preserved"]
+
+    rows = run("symmetry", tmp_path / "third", "--factor", 3, "--json").json
+    assert rows[-1]["name"] == "all" and rows[0]["column_asymmetry"] == 0
+    assert "column" in run("symmetry", tmp_path / "third").out
+    refuse("symmetry", model, parts=["give --factor"])
+    refuse("grow", model, tmp_path / "new", "--method", "stak", parts=["did you mean 'stack'"])
+    refuse(
+        "grow", model, tmp_path / "new", "--method", "stack", "--noise-db", 10, parts=["--noise-db is for hyperclone"]
+    )
+    refuse("grow", model, tmp_path / "new", "--method", "vocabulary", parts=["--tokenizer"])
 
 
 def test_grow_merge_eval_generate_and_runs(run, model, study, tmp_path, monkeypatch):

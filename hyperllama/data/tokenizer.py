@@ -35,6 +35,8 @@ class Tokenizer:
     eos_id: int | None
     _encode: Callable[[list[str]], list[list[int]]]
     _decode: Callable[[list[int]], str]
+    _tokens: list[str | None]
+    _space: str | None  # what tokens write for the space, where decoding one token alone would drop it
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -70,6 +72,8 @@ class Tokenizer:
             raise HyperLlamaError(f"{self.path} is not a sentencepiece model: it has no pieces")
         self.vocab_size = model.get_piece_size()
         self.bos_id, self.eos_id = (None if i < 0 else i for i in (model.bos_id(), model.eos_id()))
+        self._tokens = [model.id_to_piece(i) for i in range(self.vocab_size)]
+        self._space = "\u2581"
         self._encode = model.encode
         self._decode = model.decode
 
@@ -96,6 +100,10 @@ class Tokenizer:
 
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id = find("bos_token", _BOS_NAMES), find("eos_token", _EOS_NAMES)
+        self._tokens = [None] * self.vocab_size
+        for token, i in vocabulary.items():
+            self._tokens[i] = token
+        self._space = None
         self._encode = lambda texts: [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)]
         self._decode = lambda ids: model.decode(ids, skip_special_tokens=True)
 
@@ -118,6 +126,15 @@ class Tokenizer:
         if wrong:
             raise HyperLlamaError(f"token id {wrong[0]} is not in {self.path}, which has {self.vocab_size} tokens")
         return self._decode(ids)
+
+    def tokens(self) -> list[str | None]:
+        """The tokens by id, as the file writes them; None for an id that is not used."""
+        return self._tokens
+
+    def text_of(self, i: int) -> str:
+        """The text that token `i` stands for, a leading space included; empty for BOS and EOS."""
+        text = self.decode([i])
+        return (self._tokens[i] or "").replace(self._space, " ") if self._space and text else text
 
     def copy_to(self, folder: str | Path) -> None:
         """Write the tokenizer into `folder` as tokenizer.model, or tokenizer.json (with tokenizer_config.json)."""

@@ -34,7 +34,8 @@ from hyperllama.experiment.recipe import FAMILIES, Arm, Budgets, ExperimentConfi
 from hyperllama.experiment.report import write_report
 from hyperllama.files import atomic_folder, read_json, write_json, write_text
 from hyperllama.flops import window_flops
-from hyperllama.grow.hyperclone import grow_folder
+from hyperllama.grow.folder import grow_folder
+from hyperllama.grow.operators import HyperClone
 from hyperllama.hub import folder_hashes, model_config, open_folder
 from hyperllama.merge.executor import run as run_merge
 from hyperllama.merge.planner import plan as plan_merge
@@ -202,9 +203,7 @@ class Study:
             result = grow_folder(
                 self.folder(arm.start),
                 self.out / "clones" / arm.id,
-                self.config.factor,
-                noise_db=self.config.noise_db,
-                seed=self.config.seed,
+                [HyperClone(self.config.factor, seed=self.config.seed, noise_db=self.config.noise_db)],
             )
             self.say(f"{label}: grown, largest logit difference {result['verified']['max_logit_difference']:.2g}")
 

@@ -13,7 +13,8 @@ from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate import evaluate_folder, evaluate_text, load_folder, text
 from hyperllama.flops import window_flops
-from hyperllama.grow.hyperclone import grow_folder
+from hyperllama.grow.folder import grow_folder
+from hyperllama.grow.operators import HyperClone
 from tests.evaluate.conftest import WINDOW, WORDS, sentence
 
 REAL_TOKENS = 384
@@ -74,7 +75,7 @@ def test_documents_over_the_window_equal_it_too(seq_len, make_folder, tokenizer,
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_grown_folder_measures_the_same(tied, make_folder, tmp_path, tokenizer, long_file):
     folder = make_folder(tie_embeddings=tied, vocab_size=512, unpadded_vocab_size=REAL_TOKENS)
-    grow_folder(folder, tmp_path / "grown", 2, noise_db=10.0)
+    grow_folder(folder, tmp_path / "grown", [HyperClone(2, noise_db=10.0)])
     small, large = (evaluate_text(*load_folder(path), long_file) for path in (folder, tmp_path / "grown"))
     assert large["nll_nats"] == pytest.approx(small["nll_nats"], rel=1e-5)
     nll = slow_nll(tmp_path / "grown", tokenizer, documents(long_file), tokenizer.eos_id)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from hyperllama.arena import Arena
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
 from hyperllama.flops import window_flops
-from hyperllama.grow.hyperclone import grow_folder, grow_tensor, plan_growth
+from hyperllama.grow.folder import grow_folder, plan_growth
+from hyperllama.grow.operators import HyperClone
+from hyperllama.grow.tensors import grow_arena, grow_tensor
 from hyperllama.hub import model_config, open_folder
 from hyperllama.kernels.counter import uniform
 from hyperllama.kernels.grow import MIN_NOISE_DB, grow, noise_key
@@ -28,7 +31,6 @@ SHARED = Path(os.environ.get("HYPERLLAMA_SHARED", Path(__file__).parents[3] / "s
 GOLDENS = SHARED / "goldens"
 MANIFEST = GOLDENS / "hypercloning" / "manifest.json"
 CASES = json.loads(MANIFEST.read_text()) if MANIFEST.is_file() else {}
-EQUAL = [n for n, case in CASES.items() if case["embedding_dim_multiplier"] == case["up_project_multiplier"]] or ["-"]
 goldens = pytest.mark.skipif(not CASES, reason=f"no golden growth data: {MANIFEST} is missing (set HYPERLLAMA_SHARED)")
 
 SHAPES = {
@@ -42,11 +44,11 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 
 def grown(model: Llama, factor: int, noise_db: float | None = None, seed: int = 0) -> Llama:
-    config = model.config.grown(factor)
-    large = Llama(config, Arena(config, model.arena.dtype, "cpu", training=False))
-    sources = model.arena.logical("weights")
-    for name, target in large.arena.logical("weights").items():
-        target.copy_(grow_tensor(name, sources[name], factor, noise_db, seed))
+    operator = HyperClone(factor, noise_db=noise_db, seed=seed)
+    large = Llama(
+        operator.grown(model.config), Arena(operator.grown(model.config), model.arena.dtype, "cpu", training=False)
+    )
+    grow_arena(model.arena, large.arena, operator)
     return large
 
 
@@ -54,24 +56,30 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def operator(golden: dict[str, Any]) -> HyperClone:
+    return HyperClone(golden["embedding_dim_multiplier"], golden["up_project_multiplier"])
+
+
 @goldens
-@pytest.mark.parametrize("case", EQUAL)
+@pytest.mark.parametrize("case", CASES or ["-"])
 def test_tensors_equal_those_of_the_published_tool_bit_for_bit(case):
     golden = CASES[case]
-    factor = golden["embedding_dim_multiplier"]
-    sources = load_file(GOLDENS / "models" / golden["set"] / golden["model"] / "model.safetensors")
+    folder = open_folder(GOLDENS / "models" / golden["set"] / golden["model"])
+    untied = model_config(folder.config, folder.path).model_copy(update={"tie_embeddings": False})
+    maps = operator(golden).tensors(untied)
+    sources = load_file(folder.path / "model.safetensors")
     sources.setdefault(HEAD, sources[EMBEDDING])  # the tool unties: its head is the tied table grown as a head
     assert sources.keys() == golden["sha256"].keys()
     for name, wanted in golden["sha256"].items():
-        assert digest(grow_tensor(name, sources[name], factor, None, 0)) == wanted, name
+        assert digest(grow_tensor(name, maps[name], sources.__getitem__)) == wanted, name
 
 
 @goldens
-@pytest.mark.parametrize("case", [case for case in EQUAL if "_untied_" not in case])
+@pytest.mark.parametrize("case", [case for case in CASES or ["-"] if "_untied_" not in case])
 def test_a_tied_folder_grows_into_the_tools_model_but_for_the_place_of_the_head_factor(case, tmp_path):
     golden = CASES[case]
     factor = golden["embedding_dim_multiplier"]
-    grow_folder(GOLDENS / "models" / golden["set"] / golden["model"], tmp_path / "grown", factor)
+    grow_folder(GOLDENS / "models" / golden["set"] / golden["model"], tmp_path / "grown", [operator(golden)])
     tensors = load_file(tmp_path / "grown" / "model.safetensors")
     assert golden["sha256"].keys() - tensors.keys() == {HEAD}
     for name, tensor in tensors.items():
@@ -83,11 +91,11 @@ def test_a_tied_folder_grows_into_the_tools_model_but_for_the_place_of_the_head_
 
 
 @goldens
-@pytest.mark.parametrize("case", EQUAL)
+@pytest.mark.parametrize("case", CASES or ["-"])
 def test_logits_equal_those_of_the_published_tools_model(case, tmp_path):
     golden = CASES[case]
     factor = golden["embedding_dim_multiplier"]
-    grow_folder(GOLDENS / "models" / golden["set"] / golden["model"], tmp_path / "grown", factor)
+    grow_folder(GOLDENS / "models" / golden["set"] / golden["model"], tmp_path / "grown", [operator(golden)])
     ids = load_file(GOLDENS / "hypercloning" / "input_ids.safetensors")["input_ids"]
     theirs = load_file(GOLDENS / "hypercloning" / case / "logits.safetensors")
     got = logits(read(tmp_path / "grown", torch.float32), ids)
@@ -156,14 +164,17 @@ def test_noise_makes_all_copies_differ():
 def test_noise_depends_on_seed_and_name_alone():
     model = random_model(shape(), torch.float32)
     one, same, other = (grown(model, 2, 10.0, seed).arena.logical("weights") for seed in (1, 1, 2))
-    for name, source in reversed(model.arena.logical("weights").items()):  # in another order, one at a time
+    sources, maps = model.arena.logical("weights"), HyperClone(2, noise_db=10.0, seed=1).tensors(model.config)
+    for name, source in reversed(sources.items()):  # in another order, one at a time
         assert torch.equal(one[name], same[name])
-        assert torch.equal(one[name], grow_tensor(name, source, 2, 10.0, 1))
+        assert torch.equal(one[name], grow_tensor(name, maps[name], sources.__getitem__))
         noisy = source.dim() == 2 and name != EMBEDDING
         assert torch.equal(one[name], other[name]) != noisy
     assert noise_key(1, "a") != noise_key(1, "b") != noise_key(2, "b")
-    first = grow_tensor(NAME, torch.ones(8, 8), 2, 10.0, 1)
-    assert not torch.equal(first, grow_tensor(NAME.replace("up", "gate"), torch.ones(8, 8), 2, 10.0, 1))
+    up, gate = (
+        grow_tensor(name, maps[name], lambda _: torch.ones(56, 32)) for name in (NAME, NAME.replace("up", "gate"))
+    )
+    assert not torch.equal(up, gate)
 
 
 def test_too_loud_noise_is_refused():
@@ -215,7 +226,7 @@ def test_the_counter_is_uniform():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_grown_folder_loads_in_transformers_with_the_same_logits(config, dtype, tmp_path):
     path = write(random_model(config, dtype), tmp_path / "small")
-    result = grow_folder(path, tmp_path / "grown", 2, noise_db=10.0)
+    result = grow_folder(path, tmp_path / "grown", [HyperClone(2, noise_db=10.0)])
     assert result["verified"]["preserved"]
     small, large = (LlamaForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("small", "grown"))
     ids = random_ids(config, 2, 13)
@@ -229,8 +240,8 @@ def test_a_grown_folder_can_be_grown_again(tmp_path):
     config = shape()
     model = random_model(config, torch.bfloat16)
     write(model, tmp_path / "1")
-    grow_folder(tmp_path / "1", tmp_path / "2", 2)
-    grow_folder(tmp_path / "2", tmp_path / "4", 2)
+    grow_folder(tmp_path / "1", tmp_path / "2", [HyperClone(2)])
+    grow_folder(tmp_path / "2", tmp_path / "4", [HyperClone(2)])
     again = read(tmp_path / "4", torch.bfloat16)
     assert again.config == config.grown(4)
     assert torch.equal(again.arena.weights, grown(model, 4).arena.weights)
@@ -243,7 +254,7 @@ def test_growing_is_deterministic_and_spends_nothing(tmp_path):
     card |= {"ledger": {"run": "seed", "spent": 120, "ancestors": {"before": 7}}, "token_counts": {"eng": 5}}
     (path / "hyperllama.json").write_text(json.dumps(card))
     for name in ("a", "b"):
-        grow_folder(path, tmp_path / name, 2, noise_db=10.0, seed=3)
+        grow_folder(path, tmp_path / name, [HyperClone(2, noise_db=10.0, seed=3)])
     for file in ("config.json", "model.safetensors", "hyperllama.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     card = read_json(tmp_path / "a" / "hyperllama.json")
@@ -255,7 +266,7 @@ def test_growing_is_deterministic_and_spends_nothing(tmp_path):
 def test_the_plan_states_exact_sizes_and_writes_nothing(tmp_path):
     config = shape()
     path = write(random_model(config, torch.float32), tmp_path / "small")
-    plan = plan_growth(path, 2, None, 0)
+    plan = plan_growth(path, [HyperClone(2)])
     assert plan["parameters"] == {"before": config.num_parameters, "after": config.grown(2).num_parameters}
     cost = plan["dense_flops_per_window"]
     assert cost == {"before": window_flops(config, 32), "after": window_flops(config.grown(2), 32)}
@@ -266,12 +277,12 @@ def test_the_plan_states_exact_sizes_and_writes_nothing(tmp_path):
 def test_a_factor_below_two_is_refused(factor, tmp_path):
     path = write(random_model(shape(), torch.float32), tmp_path / "small")
     with pytest.raises(HyperLlamaError, match="at least 2"):
-        grow_folder(path, tmp_path / "grown", factor)
+        grow_folder(path, tmp_path / "grown", [HyperClone(factor)])
     assert not (tmp_path / "grown").exists()
 
 
 def test_progress_counts_the_tensors(tmp_path):
     path = write(random_model(shape(), torch.float32), tmp_path / "small")
     calls: list[tuple[int, int]] = []
-    grow_folder(path, tmp_path / "grown", 2, progress=lambda done, total: calls.append((done, total)))
+    grow_folder(path, tmp_path / "grown", [HyperClone(2)], progress=lambda done, total: calls.append((done, total)))
     assert calls == [(i + 1, 20) for i in range(20)]

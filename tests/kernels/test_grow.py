@@ -72,6 +72,8 @@ def test_remap_is_indexing_and_a_rounded_product(implementation, dtype, size):
     exact = source.double()[rows][:, cols] * scale.double()
     if dtype == torch.float64:
         assert torch.equal(remap(source, rows, cols, scale), exact)
+        third = torch.full(size[1:], 1 / 3, dtype=dtype)  # no fp32 number
+        assert torch.equal(remap(source, rows, cols, third), source[rows][:, cols] * third)
     else:  # the exact product of 24 by 24 bits or less, rounded to fp32, then to the dtype
         assert torch.equal(remap(source, rows, cols, scale), exact.float().to(dtype))
 

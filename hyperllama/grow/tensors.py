@@ -1,0 +1,109 @@
+"""Operators applied to tensors: one at a time, from names or from an arena into another. See operators.py for the formulas.
+
+Tiles of equal shares take the `grow` op, everything else `remap`. Masters are grown and the weights rounded from them, as every
+optimizer step does: paired noise keeps its exact sums in the masters' format.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyperllama.arena import Arena, Role
+from hyperllama.errors import HyperLlamaError
+from hyperllama.grow.operators import Array, Operator, TensorMap
+from hyperllama.kernels.backend import wide
+from hyperllama.kernels.grow import grow, noise_key, remap
+
+Read = Callable[[str], Tensor]
+Kind = Literal["weights", "m", "v"]
+
+
+def grow_tensor(name: str, how: TensorMap, read: Read, kind: Kind = "weights") -> Tensor:
+    """The grown tensor `name` from the old ones that `read` gives by name; the dtype is kept.
+
+    kind: weights (or masters), or the moment m or v, which is multiplied by the gradient's factor or its square.
+    """
+    source = read(how.source)
+    if how.zero or (how.fresh and kind != "weights"):
+        return torch.zeros_like(source)
+    if how.pieces is not None:
+        return _means(source, how.pieces, len(how.rows), kind)
+    if kind != "weights":
+        rows, cols = how.gradient_factors()
+        power = 1 if kind == "m" else 2
+        return _gather(how, source, read, rows**power, None if cols is None else cols**power)
+    cols = how.lr_factors()
+    if how.gain is not None:
+        return _gather(how, source, read, how.gain * how.rows.share(), None)
+    if how.upper is None and how.rows.even_tiles and (how.cols is None or how.cols.even_tiles):
+        if how.outputs:
+            return source.repeat(how.rows.copies, how.cols.copies if how.cols else 1)
+        copies = how.cols.copies if how.cols else 1
+        return grow(source, how.rows.copies, copies, noise_db=how.noise_db, key=noise_key(how.seed, name))
+    return _gather(how, source, read, np.ones(len(how.rows)), cols)
+
+
+def grow_through(maps: Sequence[dict[str, TensorMap]], name: str, read: Read) -> Tensor:
+    """The weight `name` after several operators in turn; `maps` are theirs, first to last, `read` gives the old weights."""
+    if not maps:
+        return read(name)
+    *before, last = maps
+    return grow_tensor(name, last[name], lambda source: grow_through(before, source, read))
+
+
+@torch.no_grad()
+def grow_arena(small: Arena, large: Arena, operator: Operator) -> None:
+    """Grow weights and, where both arenas train, masters and moments from one arena into another, a tensor at a time.
+
+    Extra memory is one grown tensor (aki: two). The step count is the caller's and goes on, bias corrections with it: moments that
+    start at zero (inserted layers, new tokens) take (1 - b1)/sqrt(1 - b2) of a full first step, 0.45 with the defaults.
+    Raises HyperLlamaError when `large` is not of the operator's shape or the arenas' dtypes differ.
+    """
+    if large.config != operator.grown(small.config) or large.dtype != small.dtype:
+        raise HyperLlamaError(f"the arena to grow into does not have the dtype and shape that {operator.method} gives")
+    training = small.training and large.training
+    roles: list[tuple[Role, Kind]] = (
+        [("master", "weights"), ("m", "m"), ("v", "v")] if training else [("weights", "weights")]
+    )
+    views = {role: (small.logical(role), large.logical(role)) for role, _ in roles}
+    for name, how in operator.tensors(small.config).items():
+        for role, kind in roles:
+            sources, targets = views[role]
+            targets[name].copy_(grow_tensor(name, how, sources.__getitem__, kind))
+    if training and large.master is not large.weights:
+        large.weights.copy_(large.master)
+    elif large.training and not training:
+        large.master_from_weights()
+
+
+def _gather(how: TensorMap, source: Tensor, read: Read, row_scale: Array, col_scale: Array | None) -> Tensor:
+    """Rows and columns by index, times their scales; new rows come from `how.upper` where there is one."""
+    dtype, device = wide(source.dtype), source.device
+    index = torch.from_numpy(how.rows.index()).to(device)
+    uniform = bool((row_scale == row_scale[:1]).all()) and len(row_scale) > 0
+    if how.cols is None:
+        return (source[index].to(dtype) * torch.from_numpy(row_scale).to(device, dtype)).to(source.dtype)
+    assert col_scale is not None
+    cols = torch.from_numpy(how.cols.index()).to(device)
+    scale = torch.from_numpy(col_scale * row_scale[0] if uniform else col_scale).to(device, dtype)
+    if how.upper is None:
+        out = remap(source, index, cols, scale)
+    else:
+        old = source.shape[0]
+        out = torch.cat([remap(source, index[:old], cols, scale), remap(read(how.upper), index[old:], cols, scale)])
+    return out if uniform else out.mul_(torch.from_numpy(row_scale).to(device, dtype)[:, None])
+
+
+def _means(source: Tensor, pieces: tuple[tuple[int, ...], ...], rows: int, kind: Kind) -> Tensor:
+    """Row i is the mean of the rows pieces[i], in fp32 (fp64), rounded once; moments only where there is one piece."""
+    out = source.new_zeros(rows, source.shape[1])
+    single = [i for i, ids in enumerate(pieces) if len(ids) == 1]
+    out[single] = source[[pieces[i][0] for i in single]]
+    if kind == "weights":
+        for i, ids in enumerate(pieces):
+            if len(ids) > 1:
+                out[i] = source[list(ids)].to(wide(source.dtype)).mean(0)
+    return out
