@@ -42,6 +42,56 @@ LIBRARY = torch.library.Library("hyperllama", "FRAGMENT")
 _forced: ContextVar[str | None] = ContextVar("hyperllama_backend", default=None)
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What the launch of a Triton kernel may depend on, besides shapes and dtypes."""
+
+    arch: str  # sm_90, gfx942; "interpreter" where Triton interprets kernels on CPU tensors
+    multiprocessors: int
+    shared_bytes: int  # of shared memory that one program may use
+    warp: int = 32  # threads
+
+    @property
+    def capability(self) -> int:
+        """90 for sm_90; 0 where it is no NVIDIA GPU."""
+        return int(self.arch.removeprefix("sm_")) if self.arch.startswith("sm_") else 0
+
+
+# A100, H100 and H200, B200, MI300X; the sizes are those of their tuning guides
+GPUS = {
+    "sm_80": Gpu("sm_80", 108, 163 << 10),
+    "sm_90": Gpu("sm_90", 132, 227 << 10),
+    "sm_100": Gpu("sm_100", 148, 227 << 10),
+    "gfx942": Gpu("gfx942", 304, 64 << 10, warp=64),
+}
+INTERPRETER = Gpu("interpreter", 4, 227 << 10)
+_pretended: ContextVar[Gpu | None] = ContextVar("hyperllama_gpu", default=None)
+
+
+@contextmanager
+def pretend(gpu: Gpu) -> Iterator[None]:
+    """Let launches inside the block be chosen for a GPU that need not be there: to compile them ahead of time."""
+    token = _pretended.set(gpu)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def gpu_of(tensor: Tensor) -> Gpu:
+    """The GPU that a kernel on this tensor runs on."""
+    return _pretended.get() or (_gpu(tensor.device) if tensor.is_cuda else INTERPRETER)
+
+
+@cache
+def _gpu(device: torch.device) -> Gpu:
+    found: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack a part of them
+    amd = torch.version.hip is not None
+    arch = found.gcnArchName.partition(":")[0] if amd else f"sm_{found.major}{found.minor}"
+    shared = found.shared_memory_per_block if amd else found.shared_memory_per_block_optin
+    return Gpu(arch, found.multi_processor_count, shared, found.warp_size)
+
+
 @contextmanager
 def use(name: str | None) -> Iterator[None]:
     """Force one implementation inside the block: `reference`, `csrc` or `triton`; None leaves the choice free.

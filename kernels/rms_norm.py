@@ -17,7 +17,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import Differentiable, choose, constexpr, csrc, define, jit, pointer, tl, wide
+from hyperllama.kernels.backend import Differentiable, choose, constexpr, csrc, define, gpu_of, jit, pointer, tl, wide
 
 # ---- reference
 
@@ -115,8 +115,7 @@ class Launch:
 
 
 def _launch(x: Tensor) -> Launch:
-    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4  # 4: the interpreter
-    return Launch.of(x.numel() // x.shape[-1], x.shape[-1], count)
+    return Launch.of(x.numel() // x.shape[-1], x.shape[-1], gpu_of(x).multiprocessors)
 
 
 def forward_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -107,3 +107,11 @@ def test_denormals_survive_the_library():
     """Linked with -ffast-math, loading it would flush them to zero in the whole process."""
     assert backend.library() is not None
     assert torch.full((1,), 1e-40).mul(0.5).item() > 0
+
+
+def test_launches_can_be_chosen_for_a_gpu_that_is_not_there():
+    x = torch.empty(1)
+    assert backend.gpu_of(x).arch == "interpreter"
+    with backend.pretend(backend.GPUS["gfx942"]):
+        assert (backend.gpu_of(x).multiprocessors, backend.gpu_of(x).warp, backend.gpu_of(x).capability) == (304, 64, 0)
+    assert backend.gpu_of(x).arch == "interpreter" and backend.GPUS["sm_100"].capability == 100
