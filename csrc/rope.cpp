@@ -29,7 +29,7 @@ static void rope(const T* qkv, T* out, const float* cos, const float* sin, const
                 });
             }
             const int64_t done = 2 * rotated * half;
-            std::memcpy(static_cast<void*>(out + t * width + done), qkv + t * width + done, (width - done) * sizeof(T));
+            if (out != qkv) std::memcpy(static_cast<void*>(out + t * width + done), qkv + t * width + done, (width - done) * sizeof(T));
         }
     });
 }

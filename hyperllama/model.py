@@ -16,7 +16,7 @@ from hyperllama.kernels.glu import glu
 from hyperllama.kernels.linear import linear
 from hyperllama.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from hyperllama.kernels.rms_norm import rms_norm
-from hyperllama.kernels.rope import rope, rope_tables
+from hyperllama.kernels.rope import rope_, rope_tables
 
 IGNORE = -100  # a target that takes no part in the loss
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
         c = self.config
         normed, stream = add_norm(stream, update, self.attn_norm, c.rms_norm_eps)
         qkv = linear(normed, self.qkv, main_grad=self.qkv.main_grad)
-        qkv = rope(qkv, at.cos, at.sin, at.ids, c.num_heads, c.num_kv_heads)
+        qkv = rope_(qkv, at.cos, at.sin, at.ids, c.num_heads, c.num_kv_heads)
         mixed = attention(qkv, c.num_heads, c.num_kv_heads, cu_seqlens=at.cu_seqlens, backend=self.backend)
         update = linear(mixed, self.o, main_grad=self.o.main_grad)
 

@@ -105,10 +105,22 @@ def use(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The implementation that `use` forces here: a backward that runs in a thread of autograd's must be given it."""
+    return _forced.get()
+
+
 def _known(name: str) -> str:
     if name not in BACKENDS:
         raise HyperLlamaError(f"{name!r} is not a backend; one of {', '.join(BACKENDS)} was expected")
     return name
+
+
+def same_device(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError, naming `op` and the tensors, unless all are on one device: Triton would read another's memory."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{op}: {', '.join(f'{name} is on {device}' for name, device in devices.items())}")
 
 
 def choose(
@@ -259,6 +271,41 @@ class Differentiable:
         if torch.compiler.is_compiling() and main_grad is None:
             return self.registered(*inputs)
         return self.eager.apply(*inputs, main_grad)
+
+
+WRONG_INDEX = {  # what each bit of a device's flag says
+    1: "embedding: a token id is outside the vocabulary",
+    2: "linear_cross_entropy: a target is outside the vocabulary",
+    4: "rope: a position is outside the tables",
+}
+_flags: dict[torch.device, Tensor] = {}
+
+
+def wrong_index_flag(x: Tensor) -> Tensor:
+    """The int32 (1,) on x's device into which a Triton kernel ORs the bit of a wrong index: no op waits for the device."""
+    flag = _flags.get(x.device)
+    if flag is None:
+        flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+        if type(flag) is Tensor:  # a fake tensor lives no longer than its mode
+            _flags[x.device] = flag
+    return flag
+
+
+def check_indices(device: torch.device) -> None:
+    """Raise IndexError, naming the op, when a kernel has met a wrong index on `device` since the last call; waits for it.
+
+    The wrong ones did no harm: an unknown id or target takes no part, a position beyond the tables is turned by their last.
+    """
+    flag = _flags.get(device)
+    bits = 0 if flag is None else int(flag)
+    if flag is not None and bits:
+        flag.zero_()
+        raise IndexError("; ".join(text for bit, text in WRONG_INDEX.items() if bits & bit))
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the GPU that x is on; 4 stand in for them in Triton's interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 from hyperllama.kernels import backend
-from hyperllama.kernels.rope import rope, rope_tables
+from hyperllama.kernels.rope import rope, rope_, rope_tables
 from tests.kernels.truth import DTYPES, check, check_compiled
 
 
@@ -52,6 +52,20 @@ def test_values_pass_through_and_the_input_stays():
     assert torch.equal(out[:, 0], qkv[:, 0])  # position 0 turns nothing
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_in_place_turns_the_buffer_and_its_gradient_where_they_lie(dtype):
+    qkv, dy, tables = torch.randn(2, 5, 32).to(dtype), torch.randn(2, 5, 32).to(dtype), rope_tables(5, 8, 1e4)
+    leaf = qkv.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(rope(leaf, *tables, None, 2, 1), leaf, dy)
+    buffer = leaf * 1
+    out = rope_(buffer, *tables, None, 2, 1)
+    assert out.data_ptr() == buffer.data_ptr() and torch.equal(out, rope(qkv, *tables, None, 2, 1))
+    out.backward(dy)
+    assert torch.equal(leaf.grad, expected) and torch.equal(dy, expected)
+    with pytest.raises(ValueError, match="not contiguous"):
+        rope_(torch.randn(5, 2, 32).transpose(0, 1), *tables, None, 2, 1)
+
+
 def test_scores_depend_on_the_distance_only():
     h, tables = 16, rope_tables(64, 16, 1e4, dtype=torch.float64)
     q, k = torch.randn(2, h, dtype=torch.float64)
@@ -82,7 +96,9 @@ def test_fp64_gradients_are_exact():
 def test_opcheck_and_compile(positions):
     qkv, tables = torch.randn(2, 6, 32), rope_tables(8, 8, 1e4)
     opcheck(torch.ops.hyperllama.rope.default, (qkv.clone().requires_grad_(), *tables, positions, 3, positions is None))
-    check_compiled(lambda qkv: [rope(qkv, *tables, positions, 2, 1)], [qkv])
+    opcheck(torch.ops.hyperllama.rope_.default, (qkv.clone(), *tables, positions, 3, False))
+    for op in (rope, rope_):
+        check_compiled(lambda qkv, op=op: [op(qkv * 1, *tables, positions, 2, 1) * 1], [qkv])
 
 
 def test_a_position_outside_the_tables_is_an_error():
@@ -95,3 +111,10 @@ def test_shapes_that_do_not_fit_are_named():
     for shape in [(2, 3, 33), (2, 5, 32), (6, 32)]:
         with pytest.raises(ValueError, match=r"rope: qkv is .*expected \(B, T <= 4, 32\)"):
             rope(torch.randn(shape), *tables, None, 2, 1)
+    qkv, (cos, sin) = torch.randn(2, 3, 32), tables
+    with pytest.raises(ValueError, match=r"positions are \(3,\) torch.int64, expected integers \(2, 3\)"):
+        rope(qkv, cos, sin, torch.arange(3), 2, 1)
+    with pytest.raises(ValueError, match=r"cos is .*bfloat16, sin .*float32; expected one shape, fp32 or fp64"):
+        rope(qkv, cos.bfloat16(), sin, None, 2, 1)
+    with pytest.raises(ValueError, match="rope: qkv is on cpu, cos is on meta, sin is on meta"):
+        rope(qkv, cos.to("meta"), sin.to("meta"), None, 2, 1)
