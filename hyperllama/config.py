@@ -212,7 +212,10 @@ class RunConfig(Settings):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="weights and activations; masters and moments are fp32"
     )
-    attention: Literal["auto", "csrc", "sdpa", "reference"] = "auto"
+    attention: Literal[
+        "auto", "csrc", "sdpa", "reference", "triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient",
+        "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers", "torch_varlen",
+    ] = Field("auto", description="auto: on a GPU the fastest of those installed, measured at the start")  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
 

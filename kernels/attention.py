@@ -12,20 +12,26 @@ dq_j = dS k_g;   dk_g = sum_j dS^T q_j        sums over the query heads j of kv 
 The forward also gives lse (B, n, T), fp32 (fp64): log(sum(exp(scores))), from which the backward makes P again.
 
 Backends: `reference` spells the formulas out, `sdpa` is torch's own op, `csrc` is C++ for CPUs and head sizes that are multiples
-of 16 (bf16: products of bf16 pairs where the CPU has them). `auto` is csrc where that runs, else sdpa.
+of 16 (bf16: products of bf16 pairs where the CPU has them), `triton` is attention_triton.py, the others are attention_libraries.py.
+`auto` measures nothing here (attention_choice.py does): csrc where that runs, else sdpa, on a GPU with documents triton.
 """
 
+import os
+from contextlib import nullcontext
 from ctypes import c_float, c_int64
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import sdpa_kernel
 
 from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels.backend import DTYPES, Differentiable, choose, csrc, define, pointer, use, wide
+from hyperllama.kernels import attention_libraries as libraries
+from hyperllama.kernels import attention_triton
+from hyperllama.kernels.backend import DTYPES, Differentiable, choose, csrc, define, pointer, triton, use, wide
 
-BACKENDS = ("reference", "sdpa", "csrc")
+BACKENDS = ("reference", "sdpa", "csrc", "triton", *libraries.KERNELS_OF_TORCH, *libraries.LIBRARIES)
 LARGEST_HEAD = 1024  # of csrc
 
 
@@ -46,13 +52,18 @@ def split_heads(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor,
     return heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
 
 
-def attention_sdpa(qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Attention by torch's fused op."""
+def attention_sdpa(
+    qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None, kernel: str = "sdpa"
+) -> Tensor:
+    """Attention by torch's fused op, by the kernel that it chooses or by one of attention_libraries.KERNELS_OF_TORCH."""
     q, k, v = split_heads(qkv, num_heads, num_kv_heads)
     mask = None if cu_seqlens is None else visible(qkv, cu_seqlens)
-    out = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=num_heads != num_kv_heads
-    )
+    if kernel == "sdpa_efficient":  # which knows no groups
+        k, v = (t.repeat_interleave(num_heads // num_kv_heads, dim=1) for t in (k, v))
+    with nullcontext() if kernel == "sdpa" else sdpa_kernel(libraries.KERNELS_OF_TORCH[kernel]):
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -131,26 +142,39 @@ def backward_csrc(
 # ---- the op
 
 
-def _fits_csrc(qkv: Tensor, num_heads: int, num_kv_heads: int) -> bool:
-    head = qkv.shape[2] // (num_heads + 2 * num_kv_heads)
-    return head % 16 == 0 and head <= LARGEST_HEAD
-
-
 def _forward(qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    implementations: dict[str, Any] = {"reference": forward_reference}
-    if _fits_csrc(qkv, num_heads, num_kv_heads):
-        implementations["csrc"] = forward_csrc
+    implementations = _implementations(
+        _head(qkv, num_heads, num_kv_heads), forward_reference, forward_csrc, attention_triton.forward_triton
+    )
     return choose(implementations, qkv)(qkv.contiguous(), num_heads, num_kv_heads, cu_seqlens)
 
 
 def _backward(
     dy: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None
 ) -> Tensor:
-    implementations: dict[str, Any] = {"reference": backward_reference}
-    if _fits_csrc(qkv, num_heads, num_kv_heads):
-        implementations["csrc"] = backward_csrc
+    implementations = _implementations(
+        _head(qkv, num_heads, num_kv_heads), backward_reference, backward_csrc, attention_triton.backward_triton
+    )
     inputs = (t.contiguous() for t in (dy, qkv, out, lse))
     return choose(implementations, qkv)(*inputs, num_heads, num_kv_heads, cu_seqlens)
+
+
+def _head(qkv: Tensor, num_heads: int, num_kv_heads: int) -> int:
+    return qkv.shape[2] // (num_heads + 2 * num_kv_heads)
+
+
+def _implementations(head: int, reference: Any, csrc: Any, triton: Any) -> dict[str, Any]:
+    """Those that take heads of `head` elements."""
+    found = {"reference": reference}
+    if _fits_csrc(head):
+        found["csrc"] = csrc
+    if head <= attention_triton.LARGEST_HEAD:
+        found["triton"] = triton
+    return found
+
+
+def _fits_csrc(head: int) -> bool:
+    return head % 16 == 0 and head <= LARGEST_HEAD
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -188,6 +212,37 @@ def _runs_csrc(device: str, dtype: torch.dtype) -> bool:
     return choose({"reference": forward_reference, "csrc": forward_csrc}, like) is forward_csrc
 
 
+def obstacle(backend: str, qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None) -> str | None:
+    """Why `backend` can't do this, as the end of a sentence; None when it can. Whether a library is there is not asked."""
+    head, dtype = _head(qkv, num_heads, num_kv_heads), str(qkv.dtype).removeprefix("torch.")
+    if backend in ("reference", "sdpa"):
+        return None
+    if backend == "csrc":
+        if qkv.dtype in DTYPES["csrc"] and _fits_csrc(head):
+            return None
+        return f"takes bf16 and fp32 and heads of a multiple of 16 up to {LARGEST_HEAD}; this is {dtype}, {head}"
+    if backend == "triton":
+        if triton is None:
+            return "needs Triton, which is not installed: pip install triton"
+        if not qkv.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"needs CUDA tensors; these are on {qkv.device}"
+        if qkv.dtype in DTYPES["triton"] and head <= attention_triton.LARGEST_HEAD:
+            return None
+        return f"takes bf16, fp16 and fp32 and heads up to {attention_triton.LARGEST_HEAD}; this is {dtype}, {head}"
+    return libraries.obstacle(backend, qkv, head, cu_seqlens)
+
+
+def unmeasured(qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None) -> str:
+    """What `auto` is where nothing has been measured."""
+    if qkv.device.type == "cpu":
+        head = _head(qkv, num_heads, num_kv_heads)
+        fits = qkv.dtype in DTYPES["csrc"] and _fits_csrc(head)
+        return "csrc" if fits and _runs_csrc(qkv.device.type, qkv.dtype) else "sdpa"
+    if cu_seqlens is not None and obstacle("triton", qkv, num_heads, num_kv_heads, cu_seqlens) is None:
+        return "triton"  # sdpa would need a mask of T^2
+    return "sdpa"
+
+
 def attention(
     qkv: Tensor, num_heads: int, num_kv_heads: int, *, cu_seqlens: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -200,19 +255,17 @@ def attention(
         raise HyperLlamaError(f"attention backend {backend!r} is not available; available: auto, {', '.join(BACKENDS)}")
     if qkv.dim() != 3 or num_heads % num_kv_heads or qkv.shape[2] % (num_heads + 2 * num_kv_heads):
         raise ValueError(f"attention: qkv is {tuple(qkv.shape)} for {num_heads} query and {num_kv_heads} kv heads")
-    fits = qkv.dtype in DTYPES["csrc"] and _fits_csrc(qkv, num_heads, num_kv_heads)
-    if backend == "csrc":
-        if not fits:
-            head = qkv.shape[2] // (num_heads + 2 * num_kv_heads)
-            raise HyperLlamaError(
-                f"attention backend csrc takes bf16 and fp32 and heads of a multiple of 16 up to {LARGEST_HEAD}; "
-                f"this is {str(qkv.dtype).removeprefix('torch.')}, {head}"
-            )
-        with use("csrc"):
+    if backend == "auto":
+        backend = unmeasured(qkv, num_heads, num_kv_heads, cu_seqlens)
+    elif problem := obstacle(backend, qkv, num_heads, num_kv_heads, cu_seqlens):
+        raise HyperLlamaError(f"attention backend {backend} {problem}")
+    if backend in ("csrc", "triton"):
+        # compiled, the registered op chooses by device when it runs, which comes to the same
+        with nullcontext() if torch.compiler.is_compiling() else use(backend):
             return _attention(qkv, num_heads, num_kv_heads, cu_seqlens)[0]
-    if backend == "auto" and fits and _runs_csrc(qkv.device.type, qkv.dtype):
-        return _attention(qkv, num_heads, num_kv_heads, cu_seqlens)[0]
     if backend == "reference":
         # torch's autograd, so that a FLOP counter sees the products of a backward that recomputes nothing
         return forward_reference(qkv, num_heads, num_kv_heads, cu_seqlens)[0]
-    return attention_sdpa(qkv, num_heads, num_kv_heads, cu_seqlens)
+    if backend in libraries.LIBRARIES:
+        return libraries.attention_library(backend, qkv, num_heads, num_kv_heads, cu_seqlens)
+    return attention_sdpa(qkv, num_heads, num_kv_heads, cu_seqlens, backend)

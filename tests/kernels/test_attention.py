@@ -6,8 +6,9 @@ from torch.library import opcheck
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from hyperllama.config import RunConfig
 from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels.attention import attention
+from hyperllama.kernels.attention import BACKENDS, attention
 from hyperllama.kernels.backend import use
 from tests.kernels.truth import DTYPES, check, check_compiled
 
@@ -197,12 +198,21 @@ def test_opcheck_and_compile(borders):
 
 
 def test_backends_that_are_not_there_are_named():
-    for name in ("flash_attn", "xformers", "triton", "nonsense"):
-        with pytest.raises(HyperLlamaError, match=f"{name}.*available: auto, reference, sdpa, csrc"):
-            attention(torch.randn(1, 4, 12), 1, 1, backend=name)
+    with pytest.raises(HyperLlamaError, match=r"nonsense.*available: auto, reference, sdpa, csrc, triton, sdpa_flash"):
+        attention(torch.randn(1, 4, 12), 1, 1, backend="nonsense")
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name not in ("reference", "sdpa", "csrc", "sdpa_flash")])
+def test_a_gpus_backend_does_not_take_tensors_of_a_cpu(name):
+    with pytest.raises(HyperLlamaError, match=f"attention backend {name} needs CUDA tensors; these are on cpu"):
+        attention(torch.randn(1, 4, 12), 1, 1, backend=name)
 
 
 def test_shapes_that_do_not_fit_are_named():
     for shape, n, k in [((2, 3, 33), 2, 1), ((3, 32), 2, 1), ((2, 3, 56), 3, 2)]:
         with pytest.raises(ValueError, match=f"for {n} query and {k} kv heads"):
             attention(torch.randn(shape), n, k)
+
+
+def test_a_run_can_name_every_backend():
+    assert set(RunConfig.model_fields["attention"].annotation.__args__) == {"auto", *BACKENDS}

@@ -1,7 +1,8 @@
 """Triton's interpreter on CPU tensors: run by test_interpreted.py in a process where TRITON_INTERPRET is set.
 
 The interpreter keeps bf16 as raw uint16. Loading, widening to fp32 and storing are right, and our kernels do arithmetic only on
-what they have widened. But its narrowing from fp32 cuts the low bits off, where hardware rounds to nearest even.
+what they have widened. But its narrowing from fp32 cuts the low bits off, where hardware rounds to nearest even, and its tl.dot
+multiplies the raw bits.
 """
 
 import os
@@ -30,6 +31,15 @@ def interpreted(monkeypatch):
             return interpreter.TensorHandle(values.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
         return original(self, source, target)
 
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    dot = interpreter.InterpreterBuilder.create_dot
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    )
     with backend.use("triton"):
         yield
