@@ -341,6 +341,27 @@ def generate_command(
     print(generate(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, start=start))
 
 
+@app.command("export")
+def export_command(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN[/checkpoints/STEP]", help="A checkpoint, or a run: its newest.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, also of a run that is going on."""
+    from hyperllama.checkpoint import export_checkpoint, plan_export
+
+    check_free(out)
+    checkpoint, state = plan_export(source)
+    if not dry_run:
+        checkpoint, state = export_checkpoint(source, out)
+    ledger = state["card"]["ledger"]
+    shown = {"reads": str(checkpoint), "writes": str(out), "step": state["step"], "spent_flops": ledger["spent"]}
+    _print(shown | {"token_counts": state["card"]["token_counts"]}, as_json)
+
+
 @app.command("experiment")
 def experiment_command(
     recipe: Path, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False

@@ -190,6 +190,8 @@ class CheckpointSettings(Settings):
 
     every_steps: int | None = Field(None, gt=0)
     keep: int = Field(2, gt=0, description="newest checkpoints that stay")
+    keep_every: int | None = Field(None, gt=0, description="those at multiples of this step stay too")
+    keep_best: Literal["loss"] | None = Field(None, description="the one with the lowest training loss stays too")
     milestones: list[int] = Field(default_factory=list, description="ledger values (spent FLOPs) to export a model at")
 
 

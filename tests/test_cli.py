@@ -354,6 +354,19 @@ def test_ctrl_c_in_the_middle_of_building_leaves_nothing(study, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl"]
 
 
+def test_export_writes_the_newest_or_a_named_checkpoint(refuse, run, recipe, tmp_path):
+    out, exported = tmp_path / "run", tmp_path / "exported"
+    refuse("export", out, exported, parts=["neither a checkpoint nor a run"])
+    assert run("train", recipe(checkpoint={"every_steps": 2}), "--quiet").code == 0
+    planned = run("export", out, exported, "--dry-run", "--json").json
+    assert (planned["step"], planned["writes"], exported.exists()) == (6, str(exported), False)
+    assert run("export", out / "checkpoints" / "step-00000004", exported, "--json").json["step"] == 4
+    card = json.loads((exported / "hyperllama.json").read_text())
+    assert card["ledger"]["spent"] * 6 == planned["spent_flops"] * 4
+    AutoModelForCausalLM.from_pretrained(exported)
+    refuse("export", out, exported, parts=["already exists"])
+
+
 def test_a_run_does_not_go_on_with_other_data(refuse, run, study, recipe, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(study / "shards" / "eng", shards)

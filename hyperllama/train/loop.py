@@ -12,7 +12,7 @@ import yaml
 
 from hyperllama import __version__
 from hyperllama.arena import Arena
-from hyperllama.checkpoint import checkpoints, export_model, load_state, save_state
+from hyperllama.checkpoint import Checkpointer, checkpoints, export_model, load, newest, slices
 from hyperllama.config import RunConfig, read_yaml
 from hyperllama.data.loader import Loader, micro_batches
 from hyperllama.errors import HyperLlamaError, Stopped
@@ -24,7 +24,7 @@ from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
 from hyperllama.model import Llama
 from hyperllama.train.distributed import Processes, processes
-from hyperllama.train.metrics import Metrics, console, device_name, peak_flops, progress_bar, speed_text
+from hyperllama.train.metrics import Events, Metrics, console, device_name, peak_flops, progress_bar, speed_text
 from hyperllama.train.plan import Plan, make_plan
 from hyperllama.train.schedule import lr_ratio
 
@@ -57,11 +57,14 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
     o, seq_len = config.optimizer, config.data.seq_len
     arena = Arena(plan.model, plan.dtype, mine.device, training=True)
     model = Llama(plan.model, arena, backend=config.attention)
-    step, ledger, counts, earlier = _start(plan, model, mine.device)
+    screen = console()
+    say = Events(out / "events.jsonl", screen, write=mine.is_main)
+    step, ledger, counts, earlier = _start(plan, model, mine, say)
     lr, at = torch.zeros((), device=mine.device), torch.zeros((), dtype=torch.int64, device=mine.device)
     causal = window_flops(plan.model, seq_len, "causal")
     peak = peak_flops(device_name(mine.device), mine.world, plan.dtype)
     metrics = Metrics(out / "metrics.jsonl", step, write=mine.is_main)
+    saver = Checkpointer(out, config.checkpoint, mine, say)
     began = time.perf_counter()
     windows = counted = logged = step * config.global_batch
 
@@ -73,11 +76,9 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
         return counts
 
     def save() -> None:
-        if mine.is_main:
-            state = {"windows": windows, "ledger": ledger.to_json(), "token_counts": token_counts()}
-            state["seconds"] = round(earlier + time.perf_counter() - began, 2)
-            save_state(out, step, arena, state, config.checkpoint.keep)
-        mine.barrier()
+        state = {"windows": windows, "card": _card(plan, ledger, token_counts()), "loss": metrics.last["loss"]}
+        state["seconds"] = round(earlier + time.perf_counter() - began, 2)
+        saver.save(step, slices(arena, mine.rank, mine.world), arena, state)
 
     def export(path: Path) -> dict[str, Any]:
         card = _card(plan, ledger, token_counts())
@@ -96,7 +97,7 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
             mask_first_token_of_document=config.data.mask_document_start,
             pin_memory=mine.device.type == "cuda",
         ) as loader,
-        progress_bar(console(), disable=quiet) as bar,
+        progress_bar(screen, disable=quiet) as bar,
     ):
         task = bar.add_task(label, total=plan.steps, completed=step, figures="")
         while step < plan.steps:
@@ -158,12 +159,11 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
             if stop.agreed(mine) and step < plan.steps:
                 metrics.flush((windows - logged) * seq_len, (windows - logged) * causal, peak)
                 save()
-                raise Stopped(
-                    stop.signal, f"saved after step {step} of {plan.steps}; the same command goes on from there"
-                )
+                raise Stopped(stop.signal, _farewell(saver, out, step, plan.steps))
             if due and step < plan.steps:
                 save()
 
+    saver.wait()
     metrics.close()
     assert ledger.spent == plan.budget, "the ledger must end at the budget"
     record = {
@@ -175,6 +175,7 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
         "seconds": round(earlier + time.perf_counter() - began, 2),
         "device": device_name(mine.device),
         "processes": mine.world,
+        "checkpoints": {"saved": saver.saved, "stalled_seconds": round(saver.stalled, 4)},
         "versions": {"hyperllama": __version__, "torch": torch.__version__},
     }
     if mine.is_main:
@@ -185,18 +186,33 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
     return record
 
 
-def _start(plan: Plan, model: Llama, device: torch.device) -> tuple[int, Ledger, dict[str, int], float]:
+def _start(plan: Plan, model: Llama, mine: Processes, say: Events) -> tuple[int, Ledger, dict[str, int], float]:
     """Fill the arena from the newest checkpoint, a model folder, or at random: (steps done, ledger, token counts, seconds)."""
-    arena, saved = model.arena, checkpoints(Path(plan.config.out))
-    if saved:
-        state = load_state(saved[-1], arena)
-        return state["step"], Ledger.from_json(state["ledger"], saved[-1]), state["token_counts"], state["seconds"]
+    arena, out = model.arena, Path(plan.config.out)
+    if saved := newest(out, mine, say):
+        folder, state = saved
+        load(folder, state, arena, slices(arena))
+        if arena.weights is not arena.master:
+            arena.weights.copy_(arena.master)
+        say.note("resumed", step=state["step"], checkpoint=folder.name, processes=mine.world)
+        card = state["card"]
+        return state["step"], Ledger.from_json(card["ledger"], folder), card["token_counts"], state["seconds"]
     if plan.start is not None:
         read_weights(plan.start, plan.model, arena.logical("weights"))
         arena.master_from_weights()
     else:
         model.init_weights(plan.config.seed)
+    say.note("started", processes=mine.world)
     return 0, plan.ledger, {}, 0.0
+
+
+def _farewell(saver: Checkpointer, out: Path, step: int, steps: int) -> str:
+    """What a run says that was stopped by a signal, once its save is on disk or has failed."""
+    if saver.wait():
+        return f"saved after step {step} of {steps}; the same command goes on from there"
+    kept = checkpoints(out)
+    newest = f"goes on from {kept[-1].name}" if kept else "starts again"
+    return f"step {step} of {steps} could not be saved ({saver.failed}); the same command {newest}"
 
 
 def _check_same_inputs(path: Path, record: dict[str, Any], plan: Plan) -> None:
@@ -238,9 +254,15 @@ def check_folder(plan: Plan) -> None:
                 f"{out} holds a run with another {key} ({json.dumps(stored.get(key))}, now {json.dumps(wanted[key])}): "
                 "choose another out, or remove the folder"
             )
-    records = [out / "run.json"] if (out / "run.json").is_file() else [p / "state.json" for p in checkpoints(out)[-1:]]
-    for file in records:
-        _check_same_inputs(file, read_json(file), plan)
+    if (out / "run.json").is_file():
+        _check_same_inputs(out / "run.json", read_json(out / "run.json"), plan)
+    for folder in reversed(checkpoints(out)):
+        try:
+            card = read_json(folder / "state.json")["card"]
+        except (HyperLlamaError, KeyError, TypeError):  # damaged: `newest` tells
+            continue
+        _check_same_inputs(folder / "state.json", card, plan)
+        break
 
 
 class _StopRequest:

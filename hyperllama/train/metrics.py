@@ -5,6 +5,8 @@ metrics.jsonl has one line a step. Every field but those under "time" is a pure 
 
 import json
 import time
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -80,6 +82,26 @@ class Metrics:
         """Close metrics.jsonl."""
         if self.file:
             self.file.close()
+
+
+class Events:
+    """What happened to a run beside its steps (resumed, damaged, not saved, ...): lines of events.jsonl."""
+
+    def __init__(self, path: Path, screen: Console, *, write: bool):
+        self.path, self.screen, self.write = path, screen, write
+
+    def __call__(self, event: str, sentence: str, **fields: Any) -> None:
+        """Tell people: on the screen, and in the file with `fields` beside the sentence."""
+        if self.write:
+            self.screen.print(f"hyperllama: {sentence}", markup=False)
+        self.note(event, sentence=sentence, **fields)
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Write an event that needs nobody's attention."""
+        if self.write:
+            line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields}
+            with suppress(OSError), self.path.open("a") as file:  # a full disk: the screen has told
+                file.write(json.dumps(line) + "\n")
 
 
 def console() -> Console:

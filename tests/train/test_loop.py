@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hyperllama.checkpoint import export_checkpoint
 from hyperllama.data.loader import Loader
 from hyperllama.errors import HyperLlamaError
 from hyperllama.flops import window_flops
@@ -246,17 +247,46 @@ def interrupted(study: Path, out: Path) -> Path:
     return sorted((out / "checkpoints").iterdir())[-1]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_a_damaged_checkpoint_is_refused_by_name(study, tmp_path, damage):
-    file = interrupted(study, tmp_path / "run") / "state.safetensors"
+def test_a_damaged_checkpoint_is_told_and_the_one_before_leads_to_the_same_bits(study, undisturbed, tmp_path, capsys):
+    out = tmp_path / "run"
+    file = next(interrupted(study, out).glob("rank-*"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    if damage == "remove":
-        file.unlink()
-    else:
-        file.write_bytes(content[:-100] if damage == "truncate" else content)
-    with pytest.raises(HyperLlamaError, match="is damaged"):
-        train(run_config(study, tmp_path / "run", checkpoint={"every_steps": 2}), quiet=True)
+    file.write_bytes(content)
+    train(run_config(study, out, checkpoint={"every_steps": 2}), quiet=True)
+    assert "step-00000006" in capsys.readouterr().err
+    events = [json.loads(line) for line in (out / "events.jsonl").open()]
+    assert [event["event"] for event in events] == ["started", "damaged", "resumed"]
+    assert events[2]["step"] == 4
+    assert same_bits(undisturbed, out) and metrics(undisturbed) == metrics(out)
+
+
+def test_two_processes_go_on_from_the_checkpoint_of_one(study, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    interrupted(study, out)
+    changes = {"checkpoint": {"every_steps": 2}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", settings(study, out, **changes))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", str(recipe))
+    process = cli(*launch, OMP_NUM_THREADS="1")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for one, two in zip(metrics(undisturbed), metrics(out), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert (two["windows"], two["spent_flops"]) == (one["windows"], one["spent_flops"])
+    resumed = [json.loads(line) for line in (out / "events.jsonl").open()][-1]
+    assert (resumed["event"], resumed["step"], resumed["processes"]) == ("resumed", 6, 2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_an_exported_checkpoint_has_the_bits_of_the_runs_own_export(study, tmp_path, precision):
+    cost = 8 * make_plan(run_config(study, tmp_path / "x")).cost
+    changes = {"precision": precision, "checkpoint": {"every_steps": 3, "milestones": [6 * cost]}}
+    train(run_config(study, tmp_path / "run", **changes), quiet=True)
+    checkpoint, state = export_checkpoint(tmp_path / "run", tmp_path / "exported")
+    assert (checkpoint.name, state["step"]) == ("step-00000006", 6)
+    ours, exported = (tmp_path / "run" / "milestones" / str(6 * cost), tmp_path / "exported")
+    for name in ("model.safetensors", "config.json", "hyperllama.json", "tokenizer.model"):
+        assert (ours / name).read_bytes() == (exported / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
