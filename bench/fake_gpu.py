@@ -113,6 +113,8 @@ def fake_gpu(gpu: Gpu) -> Iterator[Trace]:
 
 
 def _pointer(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_pointer, value))
     if not isinstance(value, Tensor):
         return value
     return Pointer(

@@ -6,6 +6,7 @@ import torch
 
 from hyperllama.arena import Arena
 from hyperllama.config import ModelConfig
+from hyperllama.kernels import grow, merge
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.model import Llama
@@ -54,6 +55,29 @@ def evaluation(shape: Shape, dtype: torch.dtype) -> None:
     Llama(arena.config, arena).token_losses(ids, ids)
 
 
+def grow_and_merge(shape: Shape, dtype: torch.dtype) -> None:
+    """Growth of a matrix of every width, and merges of five models, as the paper's, with their base."""
+    for cols in (shape.hidden_size, shape.intermediate_size):
+        source = torch.zeros(shape.hidden_size, cols, dtype=dtype, device="cuda")
+        grow.grow(source, 2, 2)
+        grow.grow(source, 2, 2, noise_db=10.0, key=1 << 40)
+        # the public op reads the indices on the host
+        rows, columns = (torch.zeros(2 * size, dtype=torch.int64, device="cuda") for size in source.shape)
+        for scale in (None, torch.ones(2 * cols, device="cuda")):
+            grow.remap_triton(source, rows, columns, scale)
+    grow.grow(torch.zeros(shape.hidden_size, dtype=dtype, device="cuda"), 2, 1)
+    base, *models = torch.zeros(6, shape.hidden_size, shape.hidden_size, dtype=dtype, device="cuda")
+    weights, densities, keys = [0.2] * 5, [0.3] * 5, [1 << 40] * 5
+    merge.linear(models, weights)
+    merge.task_arithmetic(base, models, weights)
+    merge.task_arithmetic(base, models, weights, densities=densities, keys=keys, rescale="norm")
+    for rescale in ("density", "norm"):
+        merge.ties(base, models, weights, densities, rescale=rescale)
+    merge.ties(base, models, weights, densities, keys=keys)
+    merge.gram(base, models)
+    merge.gram(None, models)
+
+
 def everything() -> None:
     """Every op at every shape and dtype it is used at; kernels that this misses are named by the gate."""
     for shape in SHAPES.values():
@@ -64,3 +88,6 @@ def everything() -> None:
     gradients(small, torch.bfloat16, 8, documents=True, z_loss=1e-4)
     gradients(small, torch.bfloat16, 8, z_loss=1e-4)
     evaluation(SHAPES["180M"], torch.bfloat16)
+    for name in ("180M", "8B"):
+        grow_and_merge(SHAPES[name], torch.bfloat16)
+    grow_and_merge(SHAPES["572M"], torch.float32)

@@ -6,11 +6,13 @@
     bits = (z ^ z >> 31) >> 40                             the top 24 bits: exact in fp32
 
 This is the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) at position `counter`. Integer arithmetic only, so
-Triton and C++ give the same bits. Reference only.
+Triton and C++ give the same bits.
 """
 
 import torch
 from torch import Tensor
+
+from hyperllama.kernels.backend import jit, tl
 
 _GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -31,3 +33,13 @@ def uniform(key: int, counter: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * signed(_MIX1)
     z = (z ^ _shift(z, 27)) * signed(_MIX2)
     return _shift(z ^ _shift(z, 31), 40).to(torch.float32) * 2**-24
+
+
+@jit
+def uniform_triton(key, counter):
+    """`uniform` inside a Triton kernel: fp32 for int64 counters. Products wrap, and masks make the shifts logical."""
+    z = (counter + 1) * -0x61C8864680B583EB + key
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    bits = ((z ^ ((z >> 31) & 0x1FFFFFFFF)) >> 40) & 0xFFFFFF
+    return bits.to(tl.float32) * 5.960464477539063e-08  # 2^-24

@@ -14,17 +14,18 @@ signal-to-noise ratio of the tensor is `noise_db`. An odd last copy gets no nois
     remap: out[i, j] = W[rows[i], cols[j]] * scale[j]
 
 is what growth by other maps needs (Net2Wider, Chen et al. 2016: units copied unevenly, scaled by one over their copies); the
-product is in fp32 (fp64 for fp64), rounded once. CPU: C++ for both, bit for bit the reference.
+product is in fp32 (fp64 for fp64), rounded once. C++ and Triton for both, bit for bit the reference.
 """
 
 from ctypes import c_double, c_int64, c_uint64
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels.backend import choose, csrc, define, pointer, wide
-from hyperllama.kernels.counter import signed, uniform
+from hyperllama.kernels.backend import choose, constexpr, csrc, define, jit, pointer, tl, wide
+from hyperllama.kernels.counter import signed, uniform, uniform_triton
 from hyperllama.keys import key_of
 
 MIN_NOISE_DB = 4.78  # sqrt(3) * 10^(-dB/20) <= 1 keeps the larger share at most S
@@ -74,8 +75,72 @@ def _grow_csrc(source: Tensor, row_copies: int, col_copies: int, noise_db: float
     return out
 
 
+@dataclass(frozen=True)
+class Launch:
+    """The tile of the source that one program reads once and writes to all of its copies."""
+
+    rows: int
+    cols: int
+
+    @classmethod
+    def of(cls, n_cols: int, elements: int) -> "Launch":
+        """About `elements` a program; the widest columns that leave at most an eighth of the lanes idle: 128 at 576."""
+        cols = next((c for c in (1024, 512, 256, 128) if -(-n_cols // c) * c <= n_cols * 9 / 8), 64)
+        return cls(elements // cols, cols)
+
+    def grid(self, n_rows: int, n_cols: int) -> tuple[int, int]:
+        """Programs over (n_rows, n_cols)."""
+        return -(-n_rows // self.rows), -(-n_cols // self.cols)
+
+
+@jit
+def _grow_kernel(
+    source_ptr, out_ptr, key, n_rows, n_cols, row_copies, col_copies, half_range,
+    NOISE: constexpr, ROWS: constexpr, COLS: constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    dtype = out_ptr.dtype.element_ty
+    source = tl.load(source_ptr + rows[:, None] * n_cols + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    copies = col_copies * 1.0
+    divided = tl.div_rn(source, copies + tl.zeros_like(source)).to(dtype)
+    shared = tl.div_rn(source, copies / 2 + tl.zeros_like(source)).to(dtype).to(tl.float32)
+    for i in range(row_copies):
+        at = (rows + i * n_rows)[:, None] * n_cols * col_copies + cols[None, :]
+        if NOISE:
+            for pair in range(col_copies // 2):
+                first = at + pair * 2 * n_cols
+                larger = (shared * (0.5 + half_range * uniform_triton(key, 2 * first))).to(dtype)
+                smaller = (shared - larger.to(tl.float32)).to(dtype)
+                coin = uniform_triton(key, 2 * first + 1) < 0.5
+                tl.store(out_ptr + first, tl.where(coin, larger, smaller), mask=inside)
+                tl.store(out_ptr + first + n_cols, tl.where(coin, smaller, larger), mask=inside)
+            if col_copies % 2 == 1:
+                tl.store(out_ptr + at + (col_copies - 1) * n_cols, divided, mask=inside)
+        else:
+            for j in range(col_copies):
+                tl.store(out_ptr + at + j * n_cols, divided, mask=inside)
+
+
+def grow_triton(source: Tensor, row_copies: int, col_copies: int, noise_db: float | None, key: int) -> Tensor:
+    """The growth on a GPU (or in Triton's interpreter)."""
+    source, out = source.contiguous(), source.new_empty(_shape(source, row_copies, col_copies))
+    rows, cols, col_copies = (*source.shape, col_copies) if source.dim() == 2 else (1, len(source), 1)
+    noise = noise_db is not None and col_copies > 1
+    if out.numel():
+        launch = Launch.of(cols, 2048 if noise else 4096)  # the hash needs registers
+        _grow_kernel[launch.grid(rows, cols)](
+            source, out, key, rows, cols, row_copies, col_copies, 0.0 if noise_db is None else _half_range(noise_db),
+            NOISE=noise, ROWS=launch.rows, COLS=launch.cols, num_warps=4, enable_fp_fusion=False,  # the reference's roundings
+        )  # fmt: skip
+    return out
+
+
 def _launch_grow(source: Tensor, *options) -> Tensor:
-    implementations = {"reference": grow_reference} | ({"csrc": _grow_csrc} if source.dim() <= 2 else {})
+    implementations = {"reference": grow_reference}
+    if source.dim() <= 2:
+        implementations |= {"csrc": _grow_csrc, "triton": grow_triton}
     return choose(implementations, source)(source, *options)
 
 
@@ -103,11 +168,41 @@ def _remap_csrc(source: Tensor, rows: Tensor, cols: Tensor, scale: Tensor | None
     return out
 
 
+@jit
+def _remap_kernel(
+    source_ptr, out_ptr, rows_ptr, cols_ptr, scale_ptr, width, n_rows, n_cols,
+    SCALED: constexpr, ROWS: constexpr, COLS: constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    from_row = tl.load(rows_ptr + rows, mask=rows < n_rows, other=0)
+    from_col = tl.load(cols_ptr + cols, mask=cols < n_cols, other=0)
+    values = tl.load(source_ptr + from_row[:, None] * width + from_col[None, :], mask=inside, other=0.0)
+    if SCALED:
+        scale = tl.load(scale_ptr + cols, mask=cols < n_cols, other=0.0)
+        values = (values.to(tl.float32) * scale[None, :]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], values, mask=inside)
+
+
+def remap_triton(source: Tensor, rows: Tensor, cols: Tensor, scale: Tensor | None) -> Tensor:
+    """Rows and columns by index on a GPU (or in Triton's interpreter)."""
+    source, rows, cols = source.contiguous(), rows.contiguous(), cols.contiguous()
+    out = source.new_empty(len(rows), len(cols))
+    if out.numel():
+        launch = Launch.of(len(cols), 4096)
+        _remap_kernel[launch.grid(*out.shape)](
+            source, out, rows, cols, source if scale is None else scale.contiguous(), source.shape[1], *out.shape,
+            SCALED=scale is not None, ROWS=launch.rows, COLS=launch.cols, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
 def _launch_remap(source: Tensor, rows: Tensor, cols: Tensor, scale: Tensor | None) -> Tensor:
     for name, index, size in (("row", rows, source.shape[0]), ("column", cols, source.shape[1])):
         if index.numel() and not 0 <= (low := int(index.min())) <= (high := int(index.max())) < size:
             raise IndexError(f"remap: {name} {low if low < 0 else high} of a matrix with {size} {name}s")
-    implementations = {"reference": remap_reference, "csrc": _remap_csrc}
+    implementations = {"reference": remap_reference, "csrc": _remap_csrc, "triton": remap_triton}
     return choose(implementations, source)(source, rows, cols, scale)
 
 

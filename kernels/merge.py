@@ -21,8 +21,8 @@ differences on (C++: from chains of 16 fp32 products on, 2e-8 of the norms off).
 element non-finite, also where it was not kept.
 Sources: Wortsman et al. 2022 (linear), Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024, "Language
 models are super Mario" (DARE: kept at random, rescale "density"); edge cases and rescale "norm" are mergekit's, except that
-there the order among equal magnitudes is unspecified. CPU: C++ (fp32, bf16, fp16 in any mix), bit for bit the reference but for
-the last bits of the fp64 sums.
+there the order among equal magnitudes is unspecified. C++ and Triton (merge_triton.py) take fp32, bf16, fp16 in any mix,
+bit for bit the reference but for the last bits of the fp64 sums.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from hyperllama.kernels.backend import choose, csrc, define, pointer
 from hyperllama.kernels.counter import signed, uniform
+from hyperllama.kernels.merge_triton import gram_triton, linear_triton, task_vectors_triton
 
 SMALLEST_DIVISOR = 1e-8
 SMALLEST_L1 = 1e-7
@@ -266,14 +267,23 @@ def _gram_csrc(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _launcher(reference: Any, kernel: Any) -> Any:
-    """Runs `kernel` where csrc takes all of the dtypes, else `reference`."""
+def _task_arithmetic_triton(base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], *options: Any) -> Tensor:
+    divisor = _task_divisor(weights)
+    return task_vectors_triton(base, tensors, weights, *options, elect=False, divisor=divisor)
+
+
+def _ties_triton(base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], *options: Any) -> Tensor:
+    return task_vectors_triton(base, tensors, weights, *options, elect=True, divisor=1.0)
+
+
+def _launcher(reference: Any, csrc_kernel: Any, triton_kernel: Any) -> Any:
+    """Runs a kernel where it takes all of the dtypes, else `reference`."""
 
     def launch(*inputs: Any) -> Any:
         tensors = [t for x in inputs for t in (x if isinstance(x, Sequence) else [x]) if isinstance(t, Tensor)]
         dtypes = {tensor.dtype for tensor in tensors} | {x for x in inputs if isinstance(x, torch.dtype)}
         fits = dtypes <= set(CSRC_DTYPES)
-        implementations = {"reference": reference} | ({"csrc": kernel} if fits else {})
+        implementations = {"reference": reference} | ({"csrc": csrc_kernel, "triton": triton_kernel} if fits else {})
         return choose(implementations, tensors[0], CSRC_DTYPES)(*inputs)
 
     return launch
@@ -289,22 +299,22 @@ _TASK_VECTORS = (
 )
 _linear = define(
     "merge_linear(Tensor[] tensors, float[] weights, bool normalize, ScalarType out_dtype) -> Tensor",
-    _launcher(linear_reference, _linear_csrc),
+    _launcher(linear_reference, _linear_csrc, linear_triton),
     lambda tensors, weights, normalize, out_dtype: _like(tensors[0], out_dtype),
 )
 _task_arithmetic = define(
     "merge_task_arithmetic" + _TASK_VECTORS,
-    _launcher(task_arithmetic_reference, _task_arithmetic_csrc),
+    _launcher(task_arithmetic_reference, _task_arithmetic_csrc, _task_arithmetic_triton),
     lambda base, *options: _like(base, options[-1]),
 )
 _ties = define(
     "merge_ties" + _TASK_VECTORS,
-    _launcher(ties_reference, _ties_csrc),
+    _launcher(ties_reference, _ties_csrc, _ties_triton),
     lambda base, *options: _like(base, options[-1]),
 )
 _gram = define(
     "merge_gram(Tensor? base, Tensor[] tensors) -> Tensor",
-    _launcher(gram_reference, _gram_csrc),
+    _launcher(gram_reference, _gram_csrc, gram_triton),
     lambda base, tensors: tensors[0].new_empty((len(tensors), len(tensors)), dtype=torch.float64),
 )
 
