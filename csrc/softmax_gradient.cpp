@@ -44,8 +44,8 @@ static void to_gradient(T* row, int64_t cols, float scale, float peak, float fac
 // Loss of every row, and the gradient in the place of its logits; columns from `valid` on get none. Rows whose target is
 // `ignored` get zeros. `wrong` is set when a target is outside the vocabulary.
 template <class T>
-static void softmax_gradient(T* logits, const int64_t* targets, float* losses, int* wrong, int64_t rows, int64_t cols,
-                             int64_t valid, int64_t ignored, float scale, float z_loss, float weight, int gradient, int threads) {
+static void softmax_gradient(T* logits, const int64_t* targets, float* losses, bool* correct, int* wrong, int64_t rows,
+                             int64_t cols, int64_t valid, int64_t ignored, float scale, float z_loss, float weight, int gradient, int threads) {
     parallel(rows, 4 * cols, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t r = begin; r < end; r++) {
             T* row = logits + r * cols;
@@ -56,6 +56,7 @@ static void softmax_gradient(T* logits, const int64_t* targets, float* losses, i
                     *wrong = 1;
                 }
                 losses[r] = 0;
+                correct[r] = false;
                 if (gradient) std::memset(static_cast<void*>(row), 0, cols * sizeof(T));
                 continue;
             }
@@ -65,6 +66,7 @@ static void softmax_gradient(T* logits, const int64_t* targets, float* losses, i
                 total += sum_of_exponentials(row + first, std::min(kColumns, valid - first), scale, peak);
             const float log_total = float(std::log(total)), lse = log_total + peak;
             const float of_target = target < valid ? load(row + target) * scale - peak : -std::numeric_limits<float>::infinity();
+            correct[r] = target < valid && load(row + target) * scale >= peak;
             losses[r] = log_total - of_target + z_loss * lse * lse;
             if (!gradient) continue;
             const float factor = weight * scale * (1 + 2 * z_loss * lse) / float(total);
@@ -77,13 +79,13 @@ static void softmax_gradient(T* logits, const int64_t* targets, float* losses, i
 
 }  // namespace hyperllama
 
-HYPERLLAMA_API void hyperllama_softmax_gradient(int is_bf16, void* logits, const int64_t* targets, float* losses, int* wrong,
-                                                int64_t rows, int64_t cols, int64_t valid, int64_t ignored, float scale,
+HYPERLLAMA_API void hyperllama_softmax_gradient(int is_bf16, void* logits, const int64_t* targets, float* losses, bool* correct,
+                                                int* wrong, int64_t rows, int64_t cols, int64_t valid, int64_t ignored, float scale,
                                                 float z_loss, float weight, int gradient, int threads) {
     if (is_bf16)
-        hyperllama::softmax_gradient((hyperllama::bf16*)logits, targets, losses, wrong, rows, cols, valid, ignored, scale, z_loss,
+        hyperllama::softmax_gradient((hyperllama::bf16*)logits, targets, losses, correct, wrong, rows, cols, valid, ignored, scale, z_loss,
                                      weight, gradient, threads);
     else
-        hyperllama::softmax_gradient((float*)logits, targets, losses, wrong, rows, cols, valid, ignored, scale, z_loss, weight,
+        hyperllama::softmax_gradient((float*)logits, targets, losses, correct, wrong, rows, cols, valid, ignored, scale, z_loss, weight,
                                      gradient, threads);
 }

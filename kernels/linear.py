@@ -2,8 +2,8 @@
 
     y = x W^T;   dx = dy W;   dW += dy^T x
 
-x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32: where the dtypes agree the product is accumulated by the GEMM
-itself (beta = 1, no further pass over dW); a bf16 product is rounded once and then added, by C++ on a CPU.
+x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32: where the dtypes agree, and on a GPU, the product is accumulated by
+the GEMM itself (beta = 1, no further pass over dW); elsewhere a bf16 product is rounded once and then added, by C++ on a CPU.
 """
 
 from ctypes import c_int64
@@ -34,6 +34,8 @@ def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
     """main_grad (N, K) += dy^T x for dy (M, N) and x (M, K)."""
     if main_grad.dtype == dy.dtype:
         main_grad.addmm_(dy.t(), x)
+    elif main_grad.is_cuda and main_grad.dtype == torch.float32:
+        torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
     else:
         product = dy.t() @ x
         fits = (main_grad.dtype, product.dtype) == (torch.float32, torch.bfloat16)

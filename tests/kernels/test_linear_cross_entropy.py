@@ -6,7 +6,7 @@ from torch.library import opcheck
 from torch.nn import functional
 
 from hyperllama.kernels import backend
-from hyperllama.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from hyperllama.kernels.linear_cross_entropy import chunks, linear_cross_entropy, token_losses
 from tests.kernels.truth import DTYPES, check, check_compiled
 
 
@@ -124,6 +124,21 @@ def test_token_losses_sum_to_the_loss():
         torch.testing.assert_close(linear_cross_entropy(x, weight, targets, loss_weight=2.0), 2 * losses.sum())
 
 
+@pytest.mark.parametrize("training", ["functional", "accumulating", "no gradient"])
+def test_losses_and_hits_of_every_token_in_named_buffers(training):
+    x, weight, targets = problem(2100, 8, 16)
+    losses, correct = torch.empty(2100), torch.empty(2100, dtype=torch.bool)
+    main_grad = torch.zeros(16, 8) if training == "accumulating" else None
+    with torch.set_grad_enabled(training != "no gradient"):
+        loss = linear_cross_entropy(
+            x, weight, targets, loss_weight=0.5, main_grad=main_grad, losses=losses, correct=correct, chunk_bytes=1
+        )
+    logits = (x @ weight.t()).detach()
+    torch.testing.assert_close(losses, functional.cross_entropy(logits, targets, reduction="none"))
+    assert torch.equal(correct, logits.argmax(1) == targets) and correct.any() and not losses.requires_grad
+    torch.testing.assert_close(loss.detach(), losses.sum() / 2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_and_compile(dtype):
     x, weight, targets = problem(9, 8, 16, dtype)
@@ -140,6 +155,28 @@ def test_a_target_outside_the_vocabulary_is_an_error(target):
         linear_cross_entropy(x.requires_grad_(), weight, torch.tensor([1, target, 2]))
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_what_does_not_fit_is_named():
+    x, weight, targets = torch.randn(2, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"x \(2, 3\)"):
-        linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 4), torch.zeros(2, dtype=torch.int64))
+        linear_cross_entropy(x[:, 1:], weight, targets)
+    with pytest.raises(ValueError, match=r"x is torch.float32, weight torch.bfloat16"):
+        linear_cross_entropy(x, weight.bfloat16(), targets)
+    with pytest.raises(ValueError, match="int64 targets"):
+        linear_cross_entropy(x, weight, targets.int())
+    with pytest.raises(ValueError, match=r"main_grad is \(5, 3\) torch.float32, expected \(5, 4\)"):
+        linear_cross_entropy(x, weight, targets, main_grad=torch.zeros(5, 3))
+    with pytest.raises(ValueError, match=r"correct is .* expected .* torch.bool"):
+        linear_cross_entropy(x, weight, targets, correct=torch.zeros(2))
+    with pytest.raises(ValueError, match="targets is on meta"):
+        linear_cross_entropy(x, weight, targets.to("meta"))
+
+
+def test_a_gpus_chunks_are_whole_tiles_of_like_size():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weight = torch.empty(128256, 576, dtype=torch.bfloat16, device="cuda")
+        for count, expected in [(16384, [8192] * 2), (9000, [4608, 4392]), (100, [100]), (65536, [8192] * 8)]:
+            x = torch.empty(count, 576, dtype=torch.bfloat16, device="cuda")
+            assert [rows for _, rows in chunks(x, weight, None)] == expected
+            assert max(expected) * 128256 * 2 <= 1 << 31
