@@ -252,7 +252,7 @@ class Launch:
             return cls(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2))  # 204, 206 and 228: 1, 2 and 2
         if arch.startswith("sm_10"):  # sums are in tensor memory, which two programs share
             if depth <= 64:
-                return cls(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
+                return cls(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
             return cls(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2))
         if arch.startswith("gfx9"):  # 64 threads a wave and 512 registers: one tile more a wave, no loads in flight
             if depth <= 64:
