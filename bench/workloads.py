@@ -8,6 +8,7 @@ from hyperllama.arena import Arena
 from hyperllama.config import ModelConfig
 from hyperllama.kernels import grow, merge
 from hyperllama.kernels.adamw import adamw
+from hyperllama.kernels.attention import attention
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.model import Llama
 
@@ -78,13 +79,21 @@ def grow_and_merge(shape: Shape, dtype: torch.dtype) -> None:
     merge.gram(None, models)
 
 
+def own_attention(shape: Shape, dtype: torch.dtype) -> None:
+    """Triton's attention of whole windows, which `auto` may choose on any GPU; without a choice it runs with documents only."""
+    qkv = torch.zeros(8, SEQ_LEN, shape.qkv_width, dtype=dtype, device="cuda", requires_grad=True)
+    backward(attention(qkv, shape.num_heads, shape.num_kv_heads, backend="triton").sum())
+
+
 def everything() -> None:
     """Every op at every shape and dtype it is used at; kernels that this misses are named by the gate."""
     for shape in SHAPES.values():
         gradients(shape, torch.bfloat16, 8)
+        own_attention(shape, torch.bfloat16)
     small = replace(SHAPES["180M"], vocab_size=1024)
     for dtype in (torch.bfloat16, torch.float32):
         training_step(small, dtype, 8)
+    own_attention(small, torch.float32)
     gradients(small, torch.bfloat16, 8, documents=True, z_loss=1e-4)
     gradients(small, torch.bfloat16, 8, z_loss=1e-4)
     evaluation(SHAPES["180M"], torch.bfloat16)

@@ -29,7 +29,19 @@ from torch.nn.attention import sdpa_kernel
 from hyperllama.errors import HyperLlamaError
 from hyperllama.kernels import attention_libraries as libraries
 from hyperllama.kernels import attention_triton
-from hyperllama.kernels.backend import DTYPES, Differentiable, choose, csrc, define, pointer, triton, use, wide
+from hyperllama.kernels.backend import (
+    DTYPES,
+    Differentiable,
+    choose,
+    csrc,
+    define,
+    library,
+    pointer,
+    same_device,
+    triton,
+    use,
+    wide,
+)
 
 BACKENDS = ("reference", "sdpa", "csrc", "triton", *libraries.KERNELS_OF_TORCH, *libraries.LIBRARIES)
 LARGEST_HEAD = 1024  # of csrc
@@ -218,6 +230,10 @@ def obstacle(backend: str, qkv: Tensor, num_heads: int, num_kv_heads: int, cu_se
     if backend in ("reference", "sdpa"):
         return None
     if backend == "csrc":
+        if qkv.device.type != "cpu":
+            return f"runs on CPU tensors; these are on {qkv.device}"
+        if library() is None:
+            return "needs a C++ compiler when hyperllama is installed, and there was none"
         if qkv.dtype in DTYPES["csrc"] and _fits_csrc(head):
             return None
         return f"takes bf16 and fp32 and heads of a multiple of 16 up to {LARGEST_HEAD}; this is {dtype}, {head}"
@@ -249,12 +265,19 @@ def attention(
     """Causal attention of a packed, rotated qkv (B, T, (n + 2k) h): (B, T, n h).
 
     Raises HyperLlamaError for a backend that is not there or can't run this, ValueError when the width of qkv does not fit the
-    heads.
+    heads, or when cu_seqlens are not integers on the device of qkv. Whether they fit the tokens only csrc checks: a GPU would
+    have to be waited for.
     """
     if backend not in ("auto", *BACKENDS):
         raise HyperLlamaError(f"attention backend {backend!r} is not available; available: auto, {', '.join(BACKENDS)}")
     if qkv.dim() != 3 or num_heads % num_kv_heads or qkv.shape[2] % (num_heads + 2 * num_kv_heads):
         raise ValueError(f"attention: qkv is {tuple(qkv.shape)} for {num_heads} query and {num_kv_heads} kv heads")
+    if cu_seqlens is not None:
+        same_device("attention", qkv=qkv, cu_seqlens=cu_seqlens)
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"attention: cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; (documents + 1,) int32 was expected"
+            )
     if backend == "auto":
         backend = unmeasured(qkv, num_heads, num_kv_heads, cu_seqlens)
     elif problem := obstacle(backend, qkv, num_heads, num_kv_heads, cu_seqlens):

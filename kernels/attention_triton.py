@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import architecture, constexpr, jit, tl
+from hyperllama.kernels.backend import constexpr, gpu_of, jit, tl
 
 LARGEST_HEAD = 128  # beyond it the backward's tiles no longer fit the registers, and no Llama has more
 
@@ -235,7 +235,7 @@ class Launch:
 
     @classmethod
     def of(cls, head: int, dtype: torch.dtype, arch: str) -> "Launch":
-        """The launch for heads of `head` elements on `arch` (see backend.architecture).
+        """The launch for heads of `head` elements on `arch` (see backend.Gpu).
 
         An architecture that is not here gets the launch of sm_80, whose instructions later ones still have.
         """
@@ -252,7 +252,7 @@ class Launch:
             return cls(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2))  # 204, 206 and 228: 1, 2 and 2
         if arch.startswith("sm_10"):  # sums are in tensor memory, which two programs share
             if depth <= 64:
-                return cls(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
+                return cls(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
             return cls(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2))
         if arch.startswith("gfx9"):  # 64 threads a wave and 512 registers: one tile more a wave, no loads in flight
             if depth <= 64:
@@ -271,7 +271,7 @@ def _launch(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Launch, dic
         # tf32 would lose 13 bits of fp32; for bf16 and fp16 there is one way only
         "PRECISION": "ieee",
     }  # fmt: skip
-    return Launch.of(head, qkv.dtype, architecture(qkv)), constants
+    return Launch.of(head, qkv.dtype, gpu_of(qkv).arch), constants
 
 
 def _block(tile: Tile) -> dict[str, int]:

@@ -311,12 +311,3 @@ def multiprocessors(x: Tensor) -> int:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that arithmetic and gradients of `dtype` are in: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def architecture(x: Tensor) -> str:
-    """What Triton compiles for: `sm_90`, `gfx942`, ...; `interpreter` for tensors on a CPU. Launch choices hang on it."""
-    if not x.is_cuda:
-        return "interpreter"
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(x.device).gcnArchName).partition(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))

@@ -23,6 +23,7 @@ from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
 from hyperllama.model import Llama
+from hyperllama.train.attention import attention_backend
 from hyperllama.train.distributed import Processes, processes
 from hyperllama.train.metrics import Events, Metrics, console, device_name, peak_flops, progress_bar, speed_text
 from hyperllama.train.plan import Plan, make_plan
@@ -42,21 +43,23 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
         check_folder(plan)
         if (out / "run.json").is_file():
             return read_json(out / "run.json")
+        attention = attention_backend(plan, mine, quiet=quiet or not mine.is_main)
         if mine.is_main:
+            write_json(out / "attention.json", attention)
             write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         if mine.device.type == "cpu":
             keep_freed_blocks()
         try:
-            return _train(plan, mine, label or config.name, quiet=quiet or not mine.is_main)
+            return _train(plan, mine, label or config.name, attention, quiet=quiet or not mine.is_main)
         finally:
             give_back_freed_blocks()
 
 
-def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str, Any]:
+def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
     config, out = plan.config, Path(plan.config.out)
     o, seq_len = config.optimizer, config.data.seq_len
     arena = Arena(plan.model, plan.dtype, mine.device, training=True)
-    model = Llama(plan.model, arena, backend=config.attention)
+    model = Llama(plan.model, arena, backend=attention["backend"])
     screen = console()
     say = Events(out / "events.jsonl", screen, write=mine.is_main)
     step, ledger, counts, earlier = _start(plan, model, mine, say)
@@ -172,6 +175,7 @@ def _train(plan: Plan, mine: Processes, label: str, *, quiet: bool) -> dict[str,
         "ledger": ledger.to_json(),
         "loss": metrics.last.get("loss"),
         "plan": plan.describe(),
+        "attention": attention,
         "seconds": round(earlier + time.perf_counter() - began, 2),
         "device": device_name(mine.device),
         "processes": mine.world,

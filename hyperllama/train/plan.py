@@ -18,6 +18,7 @@ from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
 from hyperllama.flops import Ledger, growth_quantum, window_flops, windows_for
 from hyperllama.hub import Folder, folder_hashes, model_config, open_folder
+from hyperllama.kernels import attention_libraries
 from hyperllama.names import packed_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,7 +80,8 @@ class Plan:
                 *(str(source.shards.path) for source in self.mixture.sources),
             ],
             "writes": [
-                f"{c.out}/{name}" for name in ("config.yaml", "run.json", "metrics.jsonl", "checkpoints/", "model/")
+                f"{c.out}/{name}"
+                for name in ("attention.json", "config.yaml", "run.json", "metrics.jsonl", "checkpoints/", "model/")
             ]
             + [f"{c.out}/milestones/{flops}/" for flops in c.checkpoint.milestones],
         }
@@ -100,8 +102,11 @@ def make_plan(config: RunConfig) -> Plan:
     """Read the headers of all inputs and resolve the run; writes nothing.
 
     Raises HyperLlamaError for missing or damaged inputs, a tokenizer that is not the shards', a vocabulary that is not the
-    model's, a budget that is not a whole number of windows, or sources too small for their max_epochs.
+    model's, a budget that is not a whole number of windows, sources too small for their max_epochs, or an attention backend that
+    is not installed.
     """
+    if config.attention in attention_libraries.LIBRARIES:
+        attention_libraries.load(config.attention)
     tokenizer = Tokenizer.load(config.tokenizer)
     data = config.data
     seq_len = data.seq_len

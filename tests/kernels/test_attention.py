@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hyperllama.config import RunConfig
 from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels.attention import BACKENDS, attention
+from hyperllama.kernels.attention import BACKENDS, attention, unmeasured
 from hyperllama.kernels.backend import use
 from tests.kernels.truth import DTYPES, check, check_compiled
 
@@ -167,6 +167,15 @@ def test_auto_is_csrc_where_it_runs_and_torch_elsewhere():
         assert torch.equal(attention(qkv, 2, 1), attention(qkv, 2, 1, backend="sdpa"))
 
 
+def test_unmeasured_on_a_gpu_is_torch_for_windows_and_triton_for_documents():
+    with torch._subclasses.FakeTensorMode():
+        qkv, wide = (torch.empty(1, 20, 4 * h, dtype=torch.bfloat16, device="cuda") for h in (64, 192))
+        borders = torch.empty(3, dtype=torch.int32, device="cuda")
+        assert unmeasured(qkv, 2, 1, None) == "sdpa"  # no mask of T^2 is made for them
+        assert unmeasured(qkv, 2, 1, borders) == "triton"
+        assert unmeasured(wide, 2, 1, borders) == "sdpa"
+
+
 def test_the_products_of_the_reference_are_counted():
     """2 FLOPs per multiply-add, T x T pairs, scores and values: what flops.py calls dense."""
     n, k, h = 3, 1, 16
@@ -206,6 +215,27 @@ def test_backends_that_are_not_there_are_named():
 def test_a_gpus_backend_does_not_take_tensors_of_a_cpu(name):
     with pytest.raises(HyperLlamaError, match=f"attention backend {name} needs CUDA tensors; these are on cpu"):
         attention(torch.randn(1, 4, 12), 1, 1, backend=name)
+
+
+@pytest.mark.parametrize(
+    ("borders", "problem"),
+    [
+        (torch.tensor([0.0, 4.0]), r"cu_seqlens is \(2,\) torch.float32"),
+        (torch.tensor([[0, 4]]), r"cu_seqlens is \(1, 2\) torch.int64; \(documents \+ 1,\) int32 was expected"),
+        (torch.empty(2, dtype=torch.int32, device="meta"), "attention: qkv is on cpu, cu_seqlens is on meta"),
+    ],
+)
+def test_borders_of_another_kind_are_named(borders, problem):
+    with pytest.raises(ValueError, match=problem):
+        attention(torch.randn(1, 4, 64), 2, 1, cu_seqlens=borders)
+
+
+def test_csrc_is_refused_where_it_can_not_run(monkeypatch):
+    with pytest.raises(HyperLlamaError, match="attention backend csrc runs on CPU tensors; these are on meta"):
+        attention(torch.empty(1, 4, 64, device="meta"), 2, 1, backend="csrc")
+    monkeypatch.setattr("hyperllama.kernels.attention.library", lambda: None)
+    with pytest.raises(HyperLlamaError, match=r"attention backend csrc needs a C\+\+ compiler"):
+        attention(torch.randn(1, 4, 64), 2, 1, backend="csrc")
 
 
 def test_shapes_that_do_not_fit_are_named():

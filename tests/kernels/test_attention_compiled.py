@@ -1,4 +1,4 @@
-"""Triton's attention compiled ahead of time for GPUs that are not here: registers, matrix instructions, widths, offsets."""
+"""Triton's attention compiled ahead of time for a GPU that is not here; its registers are bench.resources' to judge."""
 
 import re
 
@@ -6,26 +6,19 @@ import pytest
 import torch
 
 from hyperllama.kernels.attention_triton import Launch, _dkv_kernel, _dq_kernel, _forward_kernel
-from tests.kernels.test_interpreted import spilled_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
 HEADS = {64: (9, 3), 128: (32, 8)}  # of the 180M and 8B models
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
 
 
-def compiled(name: str, head: int, arch: str, dtype: torch.dtype = torch.bfloat16, documents: bool = True):
-    """A kernel as it is launched: aligned pointers, B T a multiple of 16."""
+def compiled(name: str, head: int, dtype: torch.dtype = torch.bfloat16, documents: bool = True):
+    """A kernel as it is launched on an H100: aligned pointers, B T a multiple of 16. Other GPUs are bench.resources' to compile."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
-    kernel, tile = KERNELS[name], getattr(Launch.of(head, dtype, arch), name)
+    kernel, tile = KERNELS[name], getattr(Launch.of(head, dtype, "sm_90"), name)
     n, k = HEADS[head]
     constants = {
         "HEADS": n, "KV_HEADS": k, "WIDTH": head, "DEPTH": head, "DOCUMENTS": documents, "PRECISION": "ieee",
@@ -44,34 +37,24 @@ def compiled(name: str, head: int, arch: str, dtype: torch.dtype = torch.bfloat1
             constants,
             {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
         ),
-        target=GPUTarget(*TARGETS[arch]),
+        target=GPUTarget("cuda", 90, 32),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_spills_matrix_instructions_and_wide_loads(name, arch, head):
-    kernel = compiled(name, head, arch)
-    if arch == "gfx942":
-        code = kernel.asm["amdgcn"]
-        assert int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", code)[1]) == 0
-        assert "v_mfma_f32" in code and re.search(r"(global|buffer)_load_dwordx4", code)
-        return
-    assert spilled_bytes(kernel.asm["cubin"]) == 0
-    instruction = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[arch]
-    assert instruction in kernel.asm["ptx"]
+def test_matrix_instructions_and_wide_loads(name, head):
+    kernel = compiled(name, head)
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+|\d+)", kernel.asm["ptx"])
     sizes = [int(size, 0) for size in copies]  # tiles come 16 bytes at a time; dkv also loads lse and D, 4 bytes a row
     assert set(sizes) == ({16, 4} if name == "dkv" else {16}) and sizes.count(16) >= 8
 
 
-@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_fp32_is_exact_and_does_not_spill(name, head):
-    kernel = compiled(name, head, "sm_90", torch.float32)
-    assert spilled_bytes(kernel.asm["cubin"]) == 0
+def test_fp32_is_exact(name):
+    kernel = compiled(name, 64, torch.float32)
     assert "fma.rn.f32" in kernel.asm["ptx"] and "mma" not in kernel.asm["ptx"]  # a matrix unit would round to tf32
 
 
@@ -79,7 +62,7 @@ def test_fp32_is_exact_and_does_not_spill(name, head):
 @pytest.mark.parametrize("name", KERNELS)
 def test_offsets_that_grow_with_the_tokens_are_64_bit(name, documents):
     """A tile's place passes 2^31 at 2.2 million tokens of the 180M model; only places within a tile may be 32-bit."""
-    code = compiled(name, 64, "sm_90", documents=documents).asm["ttir"]
+    code = compiled(name, 64, documents=documents).asm["ttir"]
     places = dict(re.findall(r"(%\w+) = tt\.addptr %\w+, %\w+ : !tt\.ptr<\w+>, (i\d+)", code))
     tiles = re.findall(r"tt\.splat (%\w+) : !tt\.ptr<\w+> -> tensor<\d+x\d+x!tt\.ptr<\w+>>", code)
     assert tiles and {places[tile] for tile in tiles} == {"i64"}
