@@ -7,6 +7,7 @@ HYPERLLAMA_API void hyperllama_adamw(float* master, const float* grad, float* m,
                                      const float* lr, double beta1, double beta2, double eps, double weight_decay,
                                      const int64_t* step, const float* clip, int threads) {
     using hyperllama::bf16;
+    if (*clip == 0) return;
     const float scale = *clip, rate = *lr, decay = float(weight_decay), floor = float(eps);
     const float b1 = float(beta1), b2 = float(beta2), a1 = float(1 - beta1), a2 = float(1 - beta2);
     const float correct1 = float(1 / (1 - std::pow(beta1, double(*step))));

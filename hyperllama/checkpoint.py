@@ -54,6 +54,7 @@ class Peers(Protocol):
     @property
     def world(self) -> int: ...
     def largest_int(self, value: int) -> int: ...
+    def alive(self) -> None: ...
 
 
 def slices(arena: Arena, rank: int = 0, world: int = 1) -> Pieces:
@@ -76,6 +77,7 @@ class Checkpointer:
 
     def __init__(self, run: Path, settings: CheckpointSettings, peers: Peers, say: Callable[[str, str], None]):
         self.run, self.settings, self.rank, self.world, self.say = run, settings, peers.rank, peers.world, say
+        self.alive = peers.alive
         self.attempt = peers.largest_int(
             time.time_ns()
         )  # one name for all processes' parts, unlike any that a killed run left
@@ -85,8 +87,11 @@ class Checkpointer:
         self._thread: Thread | None = None
         self._sweep("")
 
-    def save(self, step: int, pieces: Pieces, arena: Arena, state: dict[str, Any]) -> None:
-        """Copy `pieces` and let a thread write them as checkpoint `step`, with `state` (JSON) beside them."""
+    def save(self, step: int, pieces: Pieces, arena: Arena, state: dict[str, Any], *, problem: str = "") -> None:
+        """Copy `pieces` and let a thread write them as checkpoint `step`, with `state` (JSON) beside them.
+
+        A `problem` makes the save fail for that reason: what belongs to the checkpoint, but lies elsewhere, could not be written.
+        """
         began = time.perf_counter()
         self.wait()
         state = {
@@ -99,14 +104,16 @@ class Checkpointer:
         arrays = {
             f"{role}@{at}": self._copied(f"{role}@{at}", t) for at, held in pieces.items() for role, t in held.items()
         }
-        self._thread = Thread(target=self._write, args=(step, arrays, state), name="checkpoint")
+        self._thread = Thread(target=self._write, args=(step, arrays, state, problem), name="checkpoint")
         self._thread.start()
         self.stalled += time.perf_counter() - began
 
     def wait(self) -> bool:
         """Wait until the last save is on disk; False when it failed."""
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                self.alive()  # a slow disk is no hanging process
             self._thread = None
         return not self.failed
 
@@ -123,11 +130,13 @@ class Checkpointer:
             self._copies[name] = held = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         return held.copy_(tensor).numpy()
 
-    def _write(self, step: int, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+    def _write(self, step: int, arrays: dict[str, np.ndarray], state: dict[str, Any], problem: str) -> None:
         name, folder = f"step-{step:08}", self.run / "checkpoints"
         temporary, mine = folder / f".{name}.{self.attempt}.tmp", _shard(self.rank, self.world)
         self._sweep(temporary.name)
         try:
+            if problem:
+                raise OSError(problem)
             temporary.mkdir(parents=True, exist_ok=True)
             digest = write_arrays(temporary / mine, arrays)
             write_text(temporary / f"{mine}.sum", f"{digest}  {mine}\n")

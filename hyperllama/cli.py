@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hyperllama import __version__
-from hyperllama.errors import HyperLlamaError, Stopped
+from hyperllama.errors import Diverged, HyperLlamaError, Lost, Stopped
 from hyperllama.files import check_free
 
 app = typer.Typer(
@@ -489,7 +489,7 @@ def spread_lists(arguments: list[str], options: tuple[str, ...] = ("--text", "--
 
 
 def main() -> None:
-    """Entry point: the user's mistakes are one sentence and exit code 2, Ctrl-C is 130, SIGTERM 143."""
+    """Entry point: mistakes are one sentence and exit code 2, runs that can't go on 3 and 4, Ctrl-C is 130, SIGTERM 143."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["eval"]:
         arguments = spread_lists(arguments)
@@ -501,6 +501,8 @@ def main() -> None:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
     except Stopped as stop:
         _fail(str(stop), 128 + stop.signal)
+    except (Diverged, Lost) as error:
+        _fail(str(error), error.code)
     except Exception as error:
         if not hasattr(error, "show"):
             raise

@@ -220,6 +220,8 @@ class RunConfig(Settings):
     ] = Field("auto", description="auto: on a GPU the fastest of those installed, measured at the start")  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    max_skipped: int = Field(5, gt=0, description="steps in a row with a loss or gradient not finite that end the run")
+    timeout_seconds: int = Field(600, ge=5, description="a process that hangs for longer ends the run, by name")
 
     @model_validator(mode="after")
     def _one_start(self) -> "RunConfig":

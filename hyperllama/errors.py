@@ -1,4 +1,4 @@
-"""How work ends early: by a mistake a user can mend, or by a signal."""
+"""How work ends early: by a mistake a user can mend, by a signal, or because it can't go on."""
 
 import difflib
 from collections.abc import Iterable
@@ -20,6 +20,18 @@ class Stopped(Exception):
     def __init__(self, signal: int, sentence: str):
         super().__init__(sentence)
         self.signal = signal
+
+
+class Diverged(Exception):
+    """Training ended itself because it no longer gets anywhere; its last good checkpoint stays. Exit code 3."""
+
+    code = 3
+
+
+class Lost(Exception):
+    """Another process of the run is gone or hangs; the message names it. Exit code 4."""
+
+    code = 4
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

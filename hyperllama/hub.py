@@ -229,7 +229,10 @@ def write_folder(
         def close() -> None:
             nonlocal pending, size
             if pending:
-                save_file(pending, str(folder / f"shard-{len(shards)}"), metadata={"format": "pt"})
+                try:
+                    save_file(pending, str(folder / f"shard-{len(shards)}"), metadata={"format": "pt"})
+                except SafetensorError as error:  # a full disk, in the library's own words
+                    raise HyperLlamaError(f"{path} can't be written: {error}") from None
                 shards.append({})
             pending, size = {}, 0
 

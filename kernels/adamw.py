@@ -5,7 +5,8 @@
     weights = round(master)
 
 Flat buffers of one length: master, grad, m, v fp32 (fp64), weights bf16 or None where the masters are the weights. lr, t (int64)
-and clip are 0-dim tensors read on the device, so a CUDA graph of the step stays valid. CPU: C++.
+and clip are 0-dim tensors read on the device, so a CUDA graph of the step stays valid. A clip of 0 skips the step: nothing is
+written, whatever the gradient holds. CPU: C++.
 """
 
 from ctypes import c_double, c_int64
@@ -28,15 +29,18 @@ def adamw_reference(
     t = step.to(torch.float64)
     correct1, correct2 = ((1 - beta**t).to(master.dtype) for beta in (beta1, beta2))
     lr = lr.to(master.dtype)
+    taken = clip != 0
     for start in range(0, master.numel(), CHUNK):
         part = slice(start, start + CHUNK)
         g, p = grad[part] * clip, master[part]
-        m[part].mul_(beta1).add_(g, alpha=1 - beta1)
-        v[part].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        update = (m[part] / correct1).div_((v[part] / correct2).sqrt_().add_(eps))
-        p.sub_(update.add_(p, alpha=weight_decay).mul_(lr))
+        first = m[part].mul(beta1).add_(g, alpha=1 - beta1)
+        second = v[part].mul(beta2).addcmul_(g, g, value=1 - beta2)
+        update = (first / correct1).div_((second / correct2).sqrt_().add_(eps))
+        new = p - update.add_(p, alpha=weight_decay).mul_(lr)
+        for old, value in ((m[part], first), (v[part], second), (p, new)):
+            old.copy_(torch.where(taken, value, old))
         if weights is not None:
-            weights[part].copy_(p)
+            weights[part].copy_(torch.where(taken, new.to(weights.dtype), weights[part]))
 
 
 def _adamw_csrc(

@@ -32,6 +32,9 @@ class Peers:
     def largest_int(self, value: int) -> int:
         return self.said or value
 
+    def alive(self) -> None:
+        pass
+
 
 def filled(seed: int = 0, **changes) -> Arena:
     arena = Arena(shape(**changes), torch.float32, "cpu", training=True)

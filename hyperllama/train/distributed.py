@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from hyperllama.errors import HyperLlamaError
+from hyperllama.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,17 @@ class Processes:
     rank: int
     world: int
     device: torch.device
+    watchdog: Watchdog | None = None
+
+    def doing(self, step: int, operation: str) -> None:
+        """Note what this process begins, for the sentence about a run that hangs."""
+        if self.watchdog is not None:
+            self.watchdog.doing(step, operation)
+
+    def alive(self) -> None:
+        """Note that a long operation of this process goes on."""
+        if self.watchdog is not None:
+            self.watchdog.alive()
 
     @property
     def is_main(self) -> bool:
@@ -63,8 +77,12 @@ def pick_device(setting: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Processes]:
-    """Join the run's processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK); alone without torchrun."""
+def processes(device: str, seconds: float) -> Iterator[Processes]:
+    """Join the run's processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK); alone without torchrun.
+
+    A process that does not come to an operation of the loop within `seconds` ends the run: see watchdog.py.
+    Raises Lost when another process is gone.
+    """
     world, rank, local = (
         int(os.environ.get(key, default)) for key, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
     )
@@ -74,9 +92,17 @@ def processes(device: str) -> Iterator[Processes]:
     if world == 1 or dist.is_initialized():
         yield Processes(rank, world, picked)
         return
-    # integers of the host go through Gloo: asking for them must not wait for the GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
-    try:
-        yield Processes(rank, world, picked)
-    finally:
-        dist.destroy_process_group()
+    store, rank, world = next(rendezvous("env://"))
+    # integers of the host go through Gloo: asking for them must not wait for the GPU. The library's own time limit is the last
+    # resort: before the loop, one process may check the data's hashes for long
+    backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
+    limit = timedelta(seconds=max(1800.0, 2 * seconds))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    with Watchdog(store, rank, world, seconds) as watchdog:
+        try:
+            yield Processes(rank, world, picked, watchdog)
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+                raise watchdog.lost(error) from error
+            raise
+    dist.destroy_process_group()

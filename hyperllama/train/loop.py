@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from hyperllama import __version__
 from hyperllama.arena import Arena
 from hyperllama.checkpoint import Checkpointer, checkpoints, export_model, load, newest, slices
 from hyperllama.config import RunConfig, read_yaml
 from hyperllama.data.loader import Loader, micro_batches
-from hyperllama.errors import HyperLlamaError, Stopped
+from hyperllama.errors import Diverged, HyperLlamaError, Stopped
 from hyperllama.files import read_json, write_json, write_text
 from hyperllama.flops import Ledger, window_flops
 from hyperllama.hub import read_weights
@@ -26,7 +27,7 @@ from hyperllama.model import Llama
 from hyperllama.train.attention import attention_backend
 from hyperllama.train.distributed import Processes, processes
 from hyperllama.train.metrics import Events, Metrics, console, device_name, peak_flops, progress_bar, speed_text
-from hyperllama.train.plan import Plan, make_plan
+from hyperllama.train.plan import WATCHING, Plan, make_plan
 from hyperllama.train.schedule import lr_ratio
 
 
@@ -35,10 +36,11 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
 
     `label` is what the progress bar calls it (default: its name).
 
-    Raises HyperLlamaError before any work for whatever make_plan refuses, or when `out` holds another run.
+    Raises HyperLlamaError before any work for whatever make_plan refuses, or when `out` holds another run; Stopped after a signal;
+    Diverged when too many steps in a row had no finite loss or gradient; Lost when another process is gone.
     """
     out = Path(config.out)
-    with processes(config.device) as mine:
+    with processes(config.device, config.timeout_seconds) as mine:
         plan = make_plan(config)
         check_folder(plan)
         if (out / "run.json").is_file():
@@ -62,11 +64,11 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     model = Llama(plan.model, arena, backend=attention["backend"])
     screen = console()
     say = Events(out / "events.jsonl", screen, write=mine.is_main)
-    step, ledger, counts, earlier = _start(plan, model, mine, say)
-    lr, at = torch.zeros((), device=mine.device), torch.zeros((), dtype=torch.int64, device=mine.device)
+    step, updates, ledger, counts, earlier = _start(plan, model, mine, say)
+    lr, at = torch.zeros((), device=mine.device), torch.tensor(updates, device=mine.device)
     causal = window_flops(plan.model, seq_len, "causal")
     peak = peak_flops(device_name(mine.device), mine.world, plan.dtype)
-    metrics = Metrics(out / "metrics.jsonl", step, write=mine.is_main)
+    metrics = Metrics(out / "metrics.jsonl", step, say, write=mine.is_main)
     saver = Checkpointer(out, config.checkpoint, mine, say)
     began = time.perf_counter()
     windows = counted = logged = step * config.global_batch
@@ -80,8 +82,9 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
 
     def save() -> None:
         state = {"windows": windows, "card": _card(plan, ledger, token_counts()), "loss": metrics.last["loss"]}
+        state["updates"] = int(at)
         state["seconds"] = round(earlier + time.perf_counter() - began, 2)
-        saver.save(step, slices(arena, mine.rank, mine.world), arena, state)
+        saver.save(step, slices(arena, mine.rank, mine.world), arena, state, problem=metrics.problem)
 
     def export(path: Path) -> dict[str, Any]:
         card = _card(plan, ledger, token_counts())
@@ -105,11 +108,13 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
         task = bar.add_task(label, total=plan.steps, completed=step, figures="")
         while step < plan.steps:
             count = min(config.global_batch, plan.windows - windows)
+            mine.doing(step + 1, "reading the batch")
             batch = loader.batch(windows, count)
             targets = count * seq_len
             if config.data.mask_document_start:
                 targets = mine.sum_ints([int((batch.targets >= 0).sum())])[0]
 
+            mine.doing(step + 1, "forward and backward")
             arena.grad.zero_()
             loss = torch.zeros((), device=mine.device)
             for micro in micro_batches(batch, config.micro_batch):
@@ -120,12 +125,14 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 )
                 part.backward()
                 loss += part.detach()
+            mine.doing(step + 1, "summing the gradients")
             mine.sum_(arena.grad)
             mine.sum_(loss)
 
             step, windows = step + 1, windows + count
             norm = grad_norm(arena.grad)
-            clip = torch.clamp(o.clip_norm / (norm + 1e-6), max=1.0) if o.clip_norm else torch.ones_like(norm)
+            clip = clip_or_skip(loss, norm, o.clip_norm)
+            at += clip > 0
             adamw(
                 arena.master,
                 arena.grad,
@@ -137,7 +144,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 beta2=o.beta2,
                 eps=o.eps,
                 weight_decay=o.weight_decay,
-                step=at.fill_(step),
+                step=at,
                 clip=clip,
             )
 
@@ -146,17 +153,22 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 "step": step,
                 "lr": o.lr * lr_ratio(config.schedule, step, plan.steps),
                 "windows": windows,
+                "batch": count,
                 "tokens": windows * seq_len,
                 "spent_flops": ledger.spent,
                 "total_flops": ledger.total,
             }
             metrics.add(fields, torch.stack([loss, norm.to(loss.dtype)]))
 
+            mine.doing(step, "logging and saving")
             due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
             if step % config.log_every == 0 or step == plan.steps or due or windows in plan.milestones:
                 line = metrics.flush((windows - logged) * seq_len, (windows - logged) * causal, peak)
                 logged = windows
                 bar.update(task, completed=step, figures=speed_text(line))
+                if metrics.skipped_in_a_row >= config.max_skipped:
+                    saver.wait()
+                    raise Diverged(_diverged(metrics, out, step))
             if windows in plan.milestones:
                 export(out / "milestones" / str(plan.milestones[windows]))
             if stop.agreed(mine) and step < plan.steps:
@@ -166,6 +178,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
             if due and step < plan.steps:
                 save()
 
+    mine.doing(step, "writing the model")
     saver.wait()
     metrics.close()
     assert ledger.spent == plan.budget, "the ledger must end at the budget"
@@ -180,6 +193,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
         "device": device_name(mine.device),
         "processes": mine.world,
         "checkpoints": {"saved": saver.saved, "stalled_seconds": round(saver.stalled, 4)},
+        "skipped_steps": metrics.skipped,
         "versions": {"hyperllama": __version__, "torch": torch.__version__},
     }
     if mine.is_main:
@@ -190,8 +204,17 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     return record
 
 
-def _start(plan: Plan, model: Llama, mine: Processes, say: Events) -> tuple[int, Ledger, dict[str, int], float]:
-    """Fill the arena from the newest checkpoint, a model folder, or at random: (steps done, ledger, token counts, seconds)."""
+def clip_or_skip(loss: Tensor, norm: Tensor, limit: float | None) -> Tensor:
+    """What gradients are multiplied by, decided on the device: 0, with which adamw skips the step, when anything is not finite."""
+    clip = torch.ones_like(norm) if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)
+    return torch.where(torch.isfinite(loss) & torch.isfinite(norm), clip, 0.0)
+
+
+def _start(plan: Plan, model: Llama, mine: Processes, say: Events) -> tuple[int, int, Ledger, dict[str, int], float]:
+    """Fill the arena from the newest checkpoint, a model folder, or at random.
+
+    Returns (steps done, steps not skipped, ledger, token counts, seconds).
+    """
     arena, out = model.arena, Path(plan.config.out)
     if saved := newest(out, mine, say):
         folder, state = saved
@@ -200,23 +223,35 @@ def _start(plan: Plan, model: Llama, mine: Processes, say: Events) -> tuple[int,
             arena.weights.copy_(arena.master)
         say.note("resumed", step=state["step"], checkpoint=folder.name, processes=mine.world)
         card = state["card"]
-        return state["step"], Ledger.from_json(card["ledger"], folder), card["token_counts"], state["seconds"]
+        ledger = Ledger.from_json(card["ledger"], folder)
+        return state["step"], state["updates"], ledger, card["token_counts"], state["seconds"]
     if plan.start is not None:
         read_weights(plan.start, plan.model, arena.logical("weights"))
         arena.master_from_weights()
     else:
         model.init_weights(plan.config.seed)
     say.note("started", processes=mine.world)
-    return 0, plan.ledger, {}, 0.0
+    return 0, 0, plan.ledger, {}, 0.0
 
 
 def _farewell(saver: Checkpointer, out: Path, step: int, steps: int) -> str:
     """What a run says that was stopped by a signal, once its save is on disk or has failed."""
     if saver.wait():
         return f"saved after step {step} of {steps}; the same command goes on from there"
+    return f"step {step} of {steps} could not be saved ({saver.failed}); the same command {_next_start(out)}"
+
+
+def _diverged(metrics: Metrics, out: Path, step: int) -> str:
+    """What a run says that has skipped too many steps in a row."""
+    return (
+        f"the last {metrics.skipped_in_a_row} updates up to step {step} were skipped because loss or gradient was not finite "
+        f"({out}/events.jsonl names their windows); the weights are those before them, and the same command {_next_start(out)}"
+    )
+
+
+def _next_start(out: Path) -> str:
     kept = checkpoints(out)
-    newest = f"goes on from {kept[-1].name}" if kept else "starts again"
-    return f"step {step} of {steps} could not be saved ({saver.failed}); the same command {newest}"
+    return f"goes on from {kept[-1]}" if kept else "starts again: there is no checkpoint"
 
 
 def _check_same_inputs(path: Path, record: dict[str, Any], plan: Plan) -> None:
@@ -253,7 +288,7 @@ def check_folder(plan: Plan) -> None:
         return
     stored = read_yaml(out / "config.yaml")
     for key in wanted:
-        if key not in ("device", "log_every") and stored.get(key) != wanted[key]:
+        if key not in ("device", *WATCHING) and stored.get(key) != wanted[key]:
             raise HyperLlamaError(
                 f"{out} holds a run with another {key} ({json.dumps(stored.get(key))}, now {json.dumps(wanted[key])}): "
                 "choose another out, or remove the folder"

@@ -5,10 +5,14 @@ metrics.jsonl has one line a step. Every field but those under "time" is a pure 
 
 import json
 import time
+from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
+from io import FileIO
+from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO
+from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,6 +30,7 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "GH200": 989.4e12,
 }
+SPIKE_STEPS = 128  # losses that a new one is compared with
 
 
 def device_name(device: torch.device) -> str:
@@ -37,51 +42,6 @@ def peak_flops(name: str, devices: int, dtype: torch.dtype) -> float | None:
     """bf16 peak of `devices` devices by name, in FLOP/s; None when unknown: no MFU is better than a guessed one."""
     matches = [key for key in PEAK_FLOPS if key in name and "NVL" not in name]
     return PEAK_FLOPS[max(matches, key=len)] * devices if matches and dtype == torch.bfloat16 else None
-
-
-class Metrics:
-    """Collects steps on the device, writes them when asked to: one host sync a flush, not a step."""
-
-    def __init__(self, path: Path, resumed_step: int, *, write: bool):
-        self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []
-        self.file: TextIO | None = None
-        self.last: dict[str, Any] = {}
-        if write:
-            lines = path.read_text().splitlines(keepends=True)[:resumed_step] if path.is_file() else []
-            write_text(path, "".join(lines))
-            self.file = path.open("a")
-        self.started = time.perf_counter()
-
-    def add(self, fields: dict[str, Any], values: torch.Tensor) -> None:
-        """Note a step: host `fields`, and `values` = (loss, gradient norm) still on the device."""
-        self.pending.append((fields, values))
-
-    def flush(self, tokens: int, flops: int, peak: float | None) -> dict[str, Any]:
-        """Write the pending steps; the last of them carries the speed since the previous flush. Returns that last step."""
-        if not self.pending:
-            return self.last
-        rows = torch.stack([values for _, values in self.pending]).tolist()
-        seconds = time.perf_counter() - self.started
-        for i, ((fields, _), (loss, norm)) in enumerate(zip(self.pending, rows, strict=True)):
-            line: dict[str, Any] = {**fields, "loss": loss, "grad_norm": norm}
-            if i == len(self.pending) - 1:
-                speed = {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
-                line["time"] = {**speed, "flops_per_second": flops / seconds} | (
-                    {"mfu": flops / seconds / peak} if peak else {}
-                )
-            if self.file:
-                self.file.write(json.dumps(line) + "\n")
-            self.last = line
-        if self.file:
-            self.file.flush()
-        self.pending.clear()
-        self.started = time.perf_counter()
-        return self.last
-
-    def close(self) -> None:
-        """Close metrics.jsonl."""
-        if self.file:
-            self.file.close()
 
 
 class Events:
@@ -102,6 +62,108 @@ class Events:
             line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields}
             with suppress(OSError), self.path.open("a") as file:  # a full disk: the screen has told
                 file.write(json.dumps(line) + "\n")
+
+
+class Metrics:
+    """Collects steps on the device, writes them when asked to: one host sync a flush, not a step.
+
+    A step whose loss or gradient norm is not finite was skipped (see `update_or_skip` in loop.py): its line says so, with null for
+    both, and `say` names its windows. `skipped_in_a_row` counts such steps up to the last flush. What a full disk refuses is kept
+    and written with a later flush; until then `problem` says what is wrong.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, say: Events, *, write: bool):
+        self.path, self.say = path, say
+        self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self.last: dict[str, Any] = {}
+        self.problem = ""
+        self.skipped = self.skipped_in_a_row = 0
+        self.recent: deque[float] = deque(maxlen=SPIKE_STEPS)
+        self._unwritten = b""
+        lines = path.read_text().splitlines(keepends=True)[:resumed_step] if path.is_file() and resumed_step else []
+        for line in lines:
+            self._count(json.loads(line))
+        if write:
+            write_text(path, "".join(lines))
+            self.file: FileIO | None = path.open("ab", buffering=0)
+        else:
+            self.file = None
+        self.started = time.perf_counter()
+
+    def add(self, fields: dict[str, Any], values: torch.Tensor) -> None:
+        """Note a step: host `fields`, and `values` = (loss, gradient norm) still on the device."""
+        self.pending.append((fields, values))
+
+    def flush(self, tokens: int, flops: int, peak: float | None, **fields: Any) -> dict[str, Any]:
+        """Write the pending steps; the last of them carries `fields` and the speed since the previous flush. Returns it."""
+        if not self.pending:
+            return self.last
+        rows = torch.stack([values for _, values in self.pending]).tolist()
+        seconds = time.perf_counter() - self.started
+        for i, ((step, _), (loss, norm)) in enumerate(zip(self.pending, rows, strict=True)):
+            line: dict[str, Any] = {**step, "loss": loss, "grad_norm": norm}
+            if not (isfinite(loss) and isfinite(norm)):
+                line |= {"loss": None, "grad_norm": None, "skipped": True}
+                self._tell_skipped(line, loss, norm)
+            elif (z := self._z_score(loss)) is not None:
+                line["loss_z"] = z
+            self._count(line)
+            if i == len(self.pending) - 1:
+                speed = {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
+                line |= fields | {"time": speed | {"flops_per_second": flops / seconds}}
+                if peak:
+                    line["time"]["mfu"] = flops / seconds / peak
+            self._unwritten += json.dumps(line).encode() + b"\n"
+            self.last = line
+        self.pending.clear()
+        self._write()
+        self.started = time.perf_counter()
+        return self.last
+
+    def _count(self, line: dict[str, Any]) -> None:
+        skipped = line.get("skipped", False)
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            self.recent.append(line["loss"])
+
+    def _z_score(self, loss: float) -> float | None:
+        """How many standard deviations a loss lies above those of the last steps; None until there are enough of them."""
+        if len(self.recent) < SPIKE_STEPS // 4:
+            return None
+        spread = pstdev(self.recent)
+        return (loss - fmean(self.recent)) / spread if spread else 0.0
+
+    def _tell_skipped(self, line: dict[str, Any], loss: float, norm: float) -> None:
+        first, last = line["windows"] - line["batch"], line["windows"] - 1
+        self.say(
+            "skipped",
+            f"step {line['step']}: loss {loss}, gradient norm {norm}: the update was skipped (windows {first} to {last})",
+            step=line["step"],
+            windows=[first, last],
+        )
+
+    def _write(self) -> None:
+        if self.file is None:
+            self._unwritten = b""
+            return
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self.file.write(self._unwritten) :]
+            self.problem = ""
+        except OSError as error:
+            if not self.problem:
+                self.say(
+                    "not_written", f"{self.path} can't be written ({error.strerror}): kept in memory for a later try"
+                )
+            self.problem = f"{self.path.name}: {error.strerror}"
+
+    def close(self) -> None:
+        """Write what is left and close metrics.jsonl. Raises OSError when the disk is still full."""
+        if self.file:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self.file.write(self._unwritten) :]
+            self.file.close()
 
 
 def console() -> Console:
@@ -131,4 +193,5 @@ def speed_text(line: dict[str, Any]) -> str:
     """A flushed step as the progress line shows it."""
     speed = line["time"]
     rate = f"MFU {speed['mfu']:.1%}" if "mfu" in speed else f"{speed['flops_per_second'] / 1e9:,.0f} GFLOP/s"
-    return f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  {speed['tokens_per_second']:,.0f} tok/s  {rate}"
+    loss = "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
+    return f"loss {loss}  lr {line['lr']:.1e}  {speed['tokens_per_second']:,.0f} tok/s  {rate}"

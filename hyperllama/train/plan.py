@@ -21,6 +21,7 @@ from hyperllama.hub import Folder, folder_hashes, model_config, open_folder
 from hyperllama.kernels import attention_libraries
 from hyperllama.names import packed_shapes
 
+WATCHING = {"log_every", "max_skipped", "timeout_seconds"}  # settings that look at a run and don't change it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -194,7 +195,7 @@ def _windows(config: RunConfig, cost: int, ledger: Ledger) -> int:
 def _run_id(config: RunConfig, mixture: Mixture, start_hashes: dict[str, str] | None, windows: int) -> str:
     """Name and a hash of all that decides the run's result, rounding aside: the same run has the same id anywhere."""
     settings = config.model_dump(  # `windows` stands for the budget, the tokens in the mixture for the tokenizer
-        exclude={"name", "out", "device", "log_every", "checkpoint", "attention", "tokenizer", "budget"}
+        exclude={"name", "out", "device", "checkpoint", "attention", "tokenizer", "budget", *WATCHING}
     )
     for source in settings["data"]["sources"]:
         del source["path"]  # the mixture's fingerprint stands for what the paths hold

@@ -78,6 +78,18 @@ def test_a_late_step_has_exact_bias_corrections():
     torch.testing.assert_close(master.item(), expected, rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1.0])
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_a_clip_of_zero_leaves_every_bit(bad, step):
+    size = CHUNK + 37
+    buffers = [torch.randn(size), torch.randn(size), torch.rand(size), torch.randn(size).bfloat16()]
+    before, grad = [t.clone() for t in buffers], torch.randn(size)
+    grad[::3] = bad
+    master, m, v, weights = buffers
+    adamw(master, grad, m, v, weights, lr=torch.tensor(0.1), step=torch.tensor(step), clip=torch.tensor(0.0), **OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
+
+
 def test_buffers_of_different_length_are_refused():
     with pytest.raises(ValueError, match="one length"):
         one = torch.tensor(1)

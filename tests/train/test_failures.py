@@ -1,0 +1,157 @@
+"""What a cluster does to a run: processes die, stop and are restarted; losses turn into NaN; disks fill."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hyperllama.errors import Diverged
+from hyperllama.train import loop
+from hyperllama.train.loop import clip_or_skip, train
+from tests.study import run_config, settings
+
+ROOT = Path(__file__).parents[2]
+NAN = float("nan")
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
+    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=os.environ | one_thread | environment, **pipes)
+
+
+def recipe(study: Path, out: Path, **changes) -> Path:
+    out.with_suffix(".yaml").write_text(yaml.safe_dump(settings(study, out, **changes)))
+    return out.with_suffix(".yaml")
+
+
+def wait_for(path: Path, lines: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.is_file() or path.read_bytes().count(b"\n") < lines:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def lines(path: Path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.open()]
+
+
+def test_a_clip_of_zero_stands_for_what_is_not_finite():
+    for loss, norm, limit, expected in [
+        (2.0, 4.0, 1.0, 1 / (4 + 1e-6)),
+        (2.0, 0.5, 1.0, 1.0),
+        (2.0, 4.0, None, 1.0),
+        (NAN, 4.0, 1.0, 0.0),
+        (2.0, NAN, None, 0.0),
+        (2.0, float("inf"), 1.0, 0.0),
+    ]:
+        assert clip_or_skip(torch.tensor(loss), torch.tensor(norm), limit).item() == pytest.approx(expected)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Put NaN into the gradients of some steps, counted from here."""
+    real = loop.grad_norm
+
+    def choose(steps):
+        done = []
+
+        def norm(grad):
+            done.append(1)
+            if len(done) in steps:
+                grad[:7] = NAN
+            return real(grad)
+
+        monkeypatch.setattr(loop, "grad_norm", norm)
+
+    return choose
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_training_goes_on(study, tmp_path, poison):
+    poison({1, 4, 5})
+    record = train(run_config(study, tmp_path / "run", max_skipped=3, checkpoint={"every_steps": 4}), quiet=True)
+    written = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in written if line.get("skipped")] == [1, 4, 5] and record["skipped_steps"] == 3
+    assert written[-1]["loss"] < written[1]["loss"] < 10
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert (state["step"], state["updates"]) == (4, 2), "AdamW counts the steps that it took"
+
+
+def test_steps_skipped_in_a_row_end_the_run_with_the_weights_before_them(study, tmp_path, poison):
+    poison({1, 2, 3, 4, 5, 6, 7})
+    changes = {"checkpoint": {"every_steps": 2}, "log_every": 1, "max_skipped": 3}
+    with pytest.raises(Diverged, match=r"last 3 updates up to step 3 were skipped.*goes on from .*step-00000002"):
+        train(run_config(study, tmp_path / "run", **changes), quiet=True)
+    poison(set())
+    events = [line["event"] for line in lines(tmp_path / "run" / "events.jsonl")]
+    assert events == ["started", "skipped", "skipped", "skipped"]
+    train(run_config(study, tmp_path / "run", **changes), quiet=True)
+    written = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line.get("skipped", False) for line in written] == [True, True, False, False, False, False, False]
+
+
+def test_a_run_that_diverges_leaves_with_3(study, tmp_path):
+    """A learning rate beyond all reason: the first update makes everything infinite."""
+    changes = {"optimizer": {"lr": 1e30}, "schedule": {"warmup_steps": 0}, "log_every": 1, "max_skipped": 2}
+    process = start("train.py", str(recipe(study, tmp_path / "run", **changes)), "--quiet")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3 and "Traceback" not in errors
+    assert "updates up to step 3 were skipped" in errors.splitlines()[-1]
+
+
+def pair(study: Path, out: Path, **changes) -> list[subprocess.Popen]:
+    """Two processes of one run, without torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    file = recipe(study, out, **changes)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start("train.py", str(file), "--quiet", RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+
+
+LONG = {"budget": {"windows": 400_000}, "log_every": 1, "timeout_seconds": 5}
+
+
+@pytest.mark.parametrize("how, found", [(signal.SIGSTOP, "silent"), (signal.SIGKILL, "silent")])
+def test_a_stopped_or_dead_process_ends_the_run_by_name_and_in_time(study, tmp_path, how, found):
+    processes = pair(study, tmp_path / "run", **LONG)
+    try:
+        wait_for(tmp_path / "run" / "metrics.jsonl", 2, processes[0])
+        processes[1].send_signal(how)
+        began = time.monotonic()
+        _, errors = processes[0].communicate(timeout=60)
+        assert time.monotonic() - began < 4 * LONG["timeout_seconds"]
+        assert processes[0].returncode == 4 and "Traceback" not in errors
+        sentence = errors.splitlines()[-1]
+        assert found in sentence and "rank 1 (" in sentence and "of step" in sentence, errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_torchrun_restarts_a_killed_process_and_the_run_ends_in_the_same_bits(study, tmp_path):
+    changes = {"checkpoint": {"every_steps": 5}, "budget": {"windows": 240}, "log_every": 1}
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "train.py")
+    process = start(*launch, str(recipe(study, tmp_path / "killed", **changes)))
+    wait_for(tmp_path / "killed" / "metrics.jsonl", 7, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    events = lines(tmp_path / "killed" / "events.jsonl")
+    assert [event["event"] for event in events] == ["started", "resumed"] and events[1]["step"] >= 5
+    plain = pair(study, tmp_path / "plain", **changes)
+    for other in plain:
+        assert other.communicate(timeout=300) and other.returncode == 0
+    for name in ("model/model.safetensors", "metrics.jsonl"):
+        a, b = (tmp_path / run / name for run in ("killed", "plain"))
+        assert a.read_bytes() == b.read_bytes() if name.startswith("model") else lines(a) == lines(b)
