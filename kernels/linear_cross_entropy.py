@@ -6,7 +6,7 @@
 
 x: (N, D), W: (V, D), targets: (N,) int64. Products are in the dtype of x, softmax in fp32 (fp64 for fp64). Rows are worked
 on in chunks; when gradients are wanted they are made in the same pass, dz in place of z, dW accumulated in fp32. The GEMMs are
-torch's; between them one pass over the logits: C++ on a CPU.
+those of linear.py; between them one pass over the logits: C++ on a CPU.
 """
 
 from ctypes import byref, c_float, c_int, c_int64
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hyperllama.kernels.backend import LIBRARY, choose, csrc, define, pointer, wide
-from hyperllama.kernels.linear import accumulate_product
+from hyperllama.kernels.linear import accumulate_product, product
 
 # of fp32 logits at a time: what stays in the last cache from their product to the next two, and is little beside the activations
 CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 26}
@@ -90,12 +90,12 @@ def _forward_backward(
     loss = torch.zeros((), dtype=wide(x.dtype), device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for rows in chunks(x, weight, chunk_bytes):
-        logits = x[rows] @ weight.t()
+        logits = product(x[rows], weight)
         losses, dz = _softmax_gradient(
             logits, targets[rows], loss_weight, scale, valid_vocab, ignore_index, z_loss, True
         )
         loss += losses.sum()
-        torch.mm(dz, weight, out=dx[rows])
+        dx[rows] = product(dz, weight.t())
         accumulate_product(dweight, dz, x[rows])
     return loss * loss_weight, dx
 
@@ -195,7 +195,7 @@ def token_losses(
     _check(x, weight, targets)
     out = torch.empty(targets.shape, dtype=wide(x.dtype), device=x.device)
     for rows in chunks(x, weight, chunk_bytes):
-        logits = x[rows] @ weight.t()
+        logits = product(x[rows], weight)
         out[rows] = _softmax_gradient(
             logits, targets[rows], 1.0, logit_scale, valid_vocab, ignore_index, z_loss, False
         )[0]
