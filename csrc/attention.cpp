@@ -1,10 +1,9 @@
 // Causal attention: see kernels/attention.py for the formulas. A task is a part of the queries that share one kv head in one
 // document; it packs their keys and values once, for products by a register tile.
 //
-// Operands are held in 32-bit units along the summed dimension: an fp32 number, or a pair of bf16 where the CPU multiplies pairs.
 // Keys and values as "columns" are [panel][unit of h][key in panel], what scores read; as "rows" [unit of keys][h], what sums over
 // keys read. Scores and sums are fp32; the softmax sees whole rows, so no running maximum is corrected.
-#include "vector.h"
+#include "tile.h"
 
 #include <cmath>
 #include <limits>
@@ -18,32 +17,16 @@
 
 namespace hyperllama {
 
-constexpr int kTile = kLanes == 16 ? 8 : 6;
-constexpr int64_t kPanel = 2 * kLanes;     // columns of a register tile of kTile rows
 constexpr int64_t kQueries = 8 * kTile;    // queries worked on at a time
 constexpr int64_t kKeys = kTile == 8 ? 256 : 240;  // keys at a time in the backward; also what keys are padded to
 constexpr int64_t kWhole = kTile == 8 ? kPanel : 3 * kPanel;  // whole panels and whole tiles
 static_assert(kKeys % kQueries % kTile == 0 && kKeys % kWhole == 0 && kWhole % kTile == 0 && kQueries % 2 == 0, "blocks are whole tiles");
-
-struct __attribute__((may_alias)) Pair {
-    uint32_t bits;
-};
-template <class U>
-constexpr int64_t kNumbers = 1;
-template <>
-constexpr int64_t kNumbers<Pair> = 2;
-
-inline Vector multiply_add(Vector sum, float a, const float* b) { return sum + a * *(const Vector*)b; }
 
 // Numbers `column` and on of a row of units; the same for two rows, as one row of units that hold both.
 inline void put_at(float* row, int64_t column, Vector x) { put(row + column, x); }
 inline void put_rows(float*, int64_t, Vector, Vector) {}  // an fp32 unit holds one row: it is there already
 
 #ifdef __AVX512BF16__
-inline Vector multiply_add(Vector sum, Pair a, const Pair* b) {
-    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a.bits)), (__m512bh)_mm512_loadu_si512(b));
-}
-
 inline __m256i narrow(Vector x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 inline void put_at(Pair* row, int64_t column, Vector x) { _mm256_storeu_si256((__m256i*)((char*)row + 2 * column), narrow(x)); }
 inline void put_rows(Pair* row, int64_t column, Vector x, Vector y) {
@@ -51,23 +34,6 @@ inline void put_rows(Pair* row, int64_t column, Vector x, Vector y) {
     _mm512_storeu_si512(row + column, _mm512_or_si512(low, high));
 }
 #endif
-
-// C[R rows][V vectors] (+)= sum over `units` of A[row * ra + unit * ca] * B[unit * rb + column]. The sum starts at 0, also when it is
-// added to C: short chains of rounding.
-template <int R, int V, class U>
-inline void tile(int64_t units, const U* a, int64_t ra, int64_t ca, const U* b, int64_t rb, float* c, int64_t rc, bool add) {
-    Vector sum[R][V];
-    for (int i = 0; i < R; i++)
-        for (int j = 0; j < V; j++) sum[i][j] = Vector{};
-    for (int64_t k = 0; k < units; k++)
-        for (int i = 0; i < R; i++)
-            for (int j = 0; j < V; j++) sum[i][j] = multiply_add(sum[i][j], a[i * ra + k * ca], b + k * rb + j * kLanes);
-    for (int i = 0; i < R; i++)
-        for (int j = 0; j < V; j++) {
-            Vector* to = (Vector*)(c + i * rc + j * kLanes);
-            *to = add ? *to + sum[i][j] : sum[i][j];
-        }
-}
 
 // A tile as wide as a head: `head` is a multiple of the lanes.
 template <class U>
@@ -168,19 +134,6 @@ struct Tiles {
 static_assert(kPanel == 32 && kQueries % Tiles::kRows == 0, "blocks are whole tiles");
 #endif
 
-template <class U>
-using Held = std::conditional_t<kNumbers<U> == 2, bf16, float>;
-
-constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-inline uint32_t bits_of(const bf16* p) { return p->bits; }
-inline uint32_t bits_of(const float*) { return 0; }  // pairs are made of bf16 only
-
-template <class T>
-inline void unit(const T* first, const T*, float* out) { *out = load(first); }
-template <class T>
-inline void unit(const T* first, const T* second, Pair* out) { out->bits = bits_of(first) | bits_of(second) << 16; }
-
 // (rows, head) at `stride` as [row][unit of head]; rows from `rows` to `padded` are 0.
 template <class T, class U>
 static void pack_left(const T* x, int64_t stride, int64_t rows, int64_t padded, int64_t head, U* out) {
@@ -239,13 +192,6 @@ struct Problem {
                 if (turn++ % task.parts == task.part) f(m, j);
     }
 };
-
-// Scratch of one thread, kept from call to call.
-static float* scratch(int64_t floats) {
-    static thread_local std::vector<float> memory;
-    if (int64_t(memory.size()) < floats + 16) memory.resize(floats + 16);
-    return reinterpret_cast<float*>(up_to(reinterpret_cast<uintptr_t>(memory.data()), 64));
-}
 
 template <class T, class How>
 static void forward(const Problem& p, const Task& task, const T* qkv, T* out, float* lse) {

@@ -1,9 +1,11 @@
-"""A matrix product whose weight gradient accumulates in the arena. The GEMMs are torch's.
+"""A matrix product whose weight gradient accumulates in the arena.
 
     y = x W^T;   dx = dy W;   dW += dy^T x
 
-x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32: where the dtypes agree, and on a GPU, the product is accumulated by
-the GEMM itself (beta = 1, no further pass over dW); elsewhere a bf16 product is rounded once and then added, by C++ on a CPU.
+x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32 (fp64), and so are the sums added to it. GEMMs are torch's, but for
+two on a CPU. fp32 products are oneDNN's, which torch takes for bf16 only: on AMD, MKL is a fifth slower. dW is C++, which packs
+both sides once, and adds fp32 sums where torch would round a product to bf16 first; where the CPU has AMX, bf16 stays torch's. On a
+GPU dW is accumulated by the GEMM itself (beta = 1, no further pass over it).
 """
 
 from ctypes import c_int64
@@ -15,36 +17,57 @@ from torch.nn import functional
 
 from hyperllama.kernels.backend import choose, csrc, pointer
 
+# what torch.compile makes of a linear layer; builds without oneDNN lack it
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_AMX = torch.cpu._is_amx_tile_supported()
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) times the transpose of weight (N, K), whatever its strides; without a gradient."""
+    fits = _ONEDNN is not None and x.dtype == torch.float32 and x.numel() > 0
+    return choose({"reference": functional.linear} | ({"csrc": _product_onednn} if fits else {}), x)(x, weight)
+
+
+def _product_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return _ONEDNN(x.contiguous(), weight, None, "none", [], "")
+
+
+def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
+    """main_grad (N, K) += dy^T x for dy (M, N) and x (M, K)."""
+    fits = main_grad.dtype == torch.float32 and main_grad.is_contiguous() and not (_AMX and x.dtype == torch.bfloat16)
+    implementations = {"reference": _accumulate_reference} | ({"csrc": _accumulate_csrc} if fits else {})
+    choose(implementations, x)(main_grad, dy, x)
+
+
+def _accumulate_reference(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
+    if main_grad.dtype == dy.dtype:
+        main_grad.addmm_(dy.t(), x)
+    elif main_grad.is_cuda and main_grad.dtype == torch.float32:
+        torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
+    else:
+        main_grad += dy.t() @ x
+
+
+def _accumulate_csrc(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
+    dy, x = dy.contiguous(), x.contiguous()
+    csrc("weight_gradient")(
+        int(x.dtype == torch.bfloat16), pointer(main_grad), pointer(dy), pointer(x), c_int64(x.shape[0]),
+        c_int64(dy.shape[1]), c_int64(x.shape[1]), torch.get_num_threads(),
+    )  # fmt: skip
+
 
 class _Accumulating(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad
-        return functional.linear(x, weight)
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
         accumulate_product(ctx.main_grad, dy.flatten(0, -2), x.flatten(0, -2))
-        return dy @ weight, None, None
-
-
-def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
-    """main_grad (N, K) += dy^T x for dy (M, N) and x (M, K)."""
-    if main_grad.dtype == dy.dtype:
-        main_grad.addmm_(dy.t(), x)
-    elif main_grad.is_cuda and main_grad.dtype == torch.float32:
-        torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
-    else:
-        product = dy.t() @ x
-        fits = (main_grad.dtype, product.dtype) == (torch.float32, torch.bfloat16)
-        fits = fits and main_grad.is_contiguous() and product.is_contiguous()
-        choose({"reference": Tensor.add_} | ({"csrc": _add_csrc} if fits else {}), product)(main_grad, product)
-
-
-def _add_csrc(main_grad: Tensor, product: Tensor) -> None:
-    csrc("accumulate")(pointer(main_grad), pointer(product), c_int64(product.numel()), torch.get_num_threads())
+        return product(dy, weight.t()), None, None
 
 
 def linear(x: Tensor, weight: Tensor, *, main_grad: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@
 
 x: (N, D), W: (V, D), targets: (N,) int64. Products are in the dtype of x, softmax in fp32 (fp64 for fp64). Rows are worked
 on in chunks; when gradients are wanted they are made in the same pass, dz in place of z, dW accumulated in fp32. The GEMMs are
-torch's; between them one pass over the logits: Triton on a GPU, C++ on a CPU.
+those of linear.py; between them one pass over the logits: Triton on a GPU, C++ on a CPU.
 """
 
 from ctypes import byref, c_float, c_int, c_int64
@@ -30,7 +30,7 @@ from hyperllama.kernels.backend import (
     wide,
     wrong_index_flag,
 )
-from hyperllama.kernels.linear import accumulate_product
+from hyperllama.kernels.linear import accumulate_product, product
 
 # of fp32 logits at a time, half that in bf16. CPU: what stays in the last cache from their product to the next two, and is little
 # beside the activations. GPU: 2 GiB of bf16 is 8320 rows at V = 128256; there dW's traffic is 3 % of the GEMMs' time
@@ -237,20 +237,18 @@ def _forward_backward(
     losses = torch.empty(targets.shape, dtype=wide(x.dtype), device=x.device)
     correct = torch.empty(targets.shape, dtype=torch.bool, device=x.device)
     dx = torch.empty(x.shape if dweight is not None else (0,), dtype=x.dtype, device=x.device)
-    parts = chunks(x, weight, chunk_bytes)
-    # one buffer for all chunks: a product of its own for each would hold two at a time
-    buffer = x.new_empty(max((rows for _, rows in parts), default=0), weight.shape[0])
-    for part in parts:
-        rows, logits = x.narrow(0, *part), buffer.narrow(0, 0, part[1])
-        torch.mm(rows, weight.t(), out=logits)
+    for part in chunks(x, weight, chunk_bytes):
+        rows = x.narrow(0, *part)
+        logits = product(rows, weight)
         some = _softmax_gradient(
             logits, targets.narrow(0, *part), loss_weight, scale, valid_vocab, ignore_index, z_loss, dweight is not None
         )
         losses.narrow(0, *part).copy_(some[0])
         correct.narrow(0, *part).copy_(some[1])
         if dweight is not None:
-            torch.mm(some[2], weight, out=dx.narrow(0, *part))
+            dx.narrow(0, *part).copy_(product(some[2], weight.t()))
             accumulate_product(dweight, some[2], rows)
+        del logits, some  # before the next chunk's: never two chunks of logits at a time
     return losses, correct, dx
 
 

@@ -8,6 +8,7 @@ from hyperllama.arena import Arena
 from hyperllama.config import ModelConfig
 from hyperllama.errors import HyperLlamaError
 from hyperllama.flops import Ledger, attended_pairs, growth_quantum, shared_quantum, window_flops, windows_for
+from hyperllama.kernels.backend import use
 from hyperllama.model import Llama
 
 PAPER = ModelConfig(
@@ -35,19 +36,19 @@ def test_the_papers_two_shapes_have_their_known_counts():
     ],
 )
 def test_dense_flops_equal_torchs_counter(shape, seq_len):
-    """Forward and backward of the plain-torch model; explicit attention so that the counter sees its products."""
+    """Forward and backward of the plain-torch model: the counter sees torch's own products."""
     config = ModelConfig(vocab_size=128, intermediate_size=64, num_layers=2, **shape)
     model = Llama(config, Arena(config, torch.float32, "cpu", training=True), backend="reference")
     model.init_weights(0)
     windows = 3
     ids, targets = torch.randint(128, (2, windows, seq_len))
-    with FlopCounterMode(display=False) as counter:
+    with use("reference"), FlopCounterMode(display=False) as counter:
         hidden = model(ids)
     head = 2 * windows * seq_len * config.vocab_size * config.hidden_size
     assert 3 * (counter.get_total_flops() + head) == windows * window_flops(config, seq_len)
     # the counter knows addmm, not the form that accumulates in place
     accumulate = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=accumulate) as counter:
+    with use("reference"), FlopCounterMode(display=False, custom_mapping=accumulate) as counter:
         model.loss(ids, targets, loss_weight=1.0).backward()
     assert counter.get_total_flops() == windows * window_flops(config, seq_len)
     assert hidden.shape == (windows, seq_len, config.hidden_size)
