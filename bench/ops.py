@@ -326,14 +326,14 @@ def linear_cross_entropy_case(tokens: int, c: ModelConfig, dtype: torch.dtype) -
     def gemms() -> Thunk:
         chunks = head.chunks(start, weight, None)
         dx, dweight = torch.empty_like(start), torch.empty_like(weight)
-        z = start.new_empty(max(rows.stop - rows.start for rows in chunks), c.vocab_size)
+        z = start.new_empty(max(rows for _, rows in chunks), c.vocab_size)
 
         def call() -> None:
-            for rows in chunks:
-                dz = z[: rows.stop - rows.start]
-                torch.mm(start[rows], weight.t(), out=dz)
-                torch.mm(dz, weight, out=dx[rows])
-                torch.mm(dz.t(), start[rows], out=dweight)
+            for part in chunks:
+                rows, dz = start.narrow(0, *part), z[: part[1]]
+                torch.mm(rows, weight.t(), out=dz)
+                torch.mm(dz, weight, out=dx.narrow(0, *part))
+                torch.mm(dz.t(), rows, out=dweight)
 
         return call
 

@@ -1,6 +1,11 @@
 // grow, remap: see kernels/grow.py for the formulas. Arithmetic is fp32, unfused (see CMakeLists.txt), rounded where the formulas say.
 #include "common.h"
 #include "counter.h"
+#include "target.h"
+
+#include <cmath>
+#include <numeric>
+#include <vector>
 
 namespace hyperllama {
 namespace {
@@ -9,90 +14,139 @@ constexpr int64_t kBlock = 2048;          // elements; a block and its copies st
 constexpr int64_t kPastCaches = 4 << 20;  // bytes; a smaller output may well be read again from a cache
 
 template <class T>
-void put(T* to, const T* from, int64_t n, bool past_caches) {
-    if (past_caches)
-        stream(to, from, n * int64_t(sizeof(T)));
-    else
-        std::memcpy(static_cast<void*>(to), from, n * sizeof(T));
+constexpr uint32_t kInfinity = sizeof(T) == 2 ? 0x7F80 : 0x7F800000;  // as bits
+
+// Calls f(first, end, writer) for parts of the `rows` of an output, whose `width` elements it is to put one row after another. Parts
+// begin where blocks of the hash do.
+template <class T, class F>
+void each_row(Target& out, int64_t rows, int64_t width, int threads, F f) {
+    const int64_t bytes = width * int64_t(sizeof(T)), step = out.data || !bytes ? 1 : kHashBlock / std::gcd(bytes, kHashBlock);
+    const bool past_caches = out.data && rows * bytes >= kPastCaches;
+    if (past_caches) expect_writes(out.data, rows * bytes);
+    parallel((rows + step - 1) / step, step * width, threads, [&](int64_t begin, int64_t end, int) {
+        Writer writer(out, begin * step * bytes, sizeof(T), kInfinity<T>, past_caches);
+        f(begin * step, std::min(end * step, rows), writer);
+        writer.finish();
+    });
 }
 
-// source (rows, cols) -> out (p rows, q cols); `scale` is half the range of the noise.
+// source (rows, cols) / divisor -> out (p rows, q cols); `scale` is half the range of the noise, which goes with the divisor q. A row of the source is read for each of its
+// p copies, from a cache where it is not too far back: rows come out in order, as a file takes them.
 template <class T>
-void grow(const T* source, T* out, int64_t rows, int64_t cols, int64_t p, int64_t q, float scale, bool noise, uint64_t key,
-          int threads) {
-    const float whole = float(q), half = float(double(q) / 2);
+void grow(const T* source, Target& out, int64_t rows, int64_t cols, int64_t p, int64_t q, double divisor, float scale, bool noise,
+          uint64_t key, int threads) {
+    const float whole = float(divisor), half = float(divisor / 2);
     const int64_t pairs = noise ? q / 2 : 0, wide = q * cols;
-    const bool past_caches = rows * p * wide * int64_t(sizeof(T)) >= kPastCaches;
-    if (past_caches) expect_writes(out, rows * p * wide * int64_t(sizeof(T)));
-    parallel(rows, p * wide, threads, [&](int64_t begin, int64_t end, int) {
-        alignas(64) T quotient[kBlock], shared[kBlock], one[kBlock], other[kBlock];
-        for (int64_t r = begin; r < end; r++)
-            for (int64_t first = 0; first < cols; first += kBlock) {
+    each_row<T>(out, rows * p, wide, threads, [&](int64_t begin, int64_t end, Writer& writer) {
+        std::vector<T> line(wide);
+        for (int64_t row = begin; row < end; row++) {
+            const T* from = source + row % rows * cols;
+            T* last = line.data() + 2 * pairs * cols;
+            for (int64_t first = 0; first < cols && pairs > 0; first += kBlock) {
+                alignas(64) T shared[kBlock];
                 const int64_t n = std::min(kBlock, cols - first);
-                const T* from = source + r * cols + first;
 #pragma omp simd
-                for (int64_t j = 0; j < n; j++) store(quotient + j, load(from + j) / whole);
+                for (int64_t j = 0; j < n; j++) store(shared + j, load(from + first + j) / half);
+                for (int64_t pair = 0; pair < pairs; pair++) {
+                    T *one = line.data() + 2 * pair * cols + first, *other = one + cols;
+                    const uint64_t counter = uint64_t(2 * (row * wide + 2 * pair * cols + first));
 #pragma omp simd
-                for (int64_t j = 0; j < n; j++) store(shared + j, load(from + j) / half);
-                for (int64_t i = 0; i < p; i++) {
-                    const int64_t row = i * rows + r;
-                    T* to = out + row * wide + first;
-                    for (int64_t pair = 0; pair < pairs; pair++) {
-                        const uint64_t counter = uint64_t(2 * (row * wide + 2 * pair * cols + first));
-#pragma omp simd
-                        for (int64_t j = 0; j < n; j++) {
-                            float share = float(int32_t(random_bits(key, counter + 2 * j))) * 0x1p-24f * scale + 0.5f;
-                            bool coin = random_bits(key, counter + 2 * j + 1) < 1u << 23;
-                            float larger = rounded<T>(load(shared + j) * share);
-                            float smaller = load(shared + j) - larger;
-                            store(one + j, coin ? larger : smaller);
-                            store(other + j, coin ? smaller : larger);
-                        }
-                        put(to + 2 * pair * cols, one, n, past_caches);
-                        put(to + (2 * pair + 1) * cols, other, n, past_caches);
+                    for (int64_t j = 0; j < n; j++) {
+                        float share = float(int32_t(random_bits(key, counter + 2 * j))) * 0x1p-24f * scale + 0.5f;
+                        bool coin = random_bits(key, counter + 2 * j + 1) < 1u << 23;
+                        float larger = rounded<T>(load(shared + j) * share);
+                        float smaller = load(shared + j) - larger;
+                        store(one + j, coin ? larger : smaller);
+                        store(other + j, coin ? smaller : larger);
                     }
-                    for (int64_t copy = 2 * pairs; copy < q; copy++) put(to + copy * cols, quotient, n, past_caches);
                 }
             }
-        if (past_caches) streamed();
+            if (2 * pairs < q)
+#pragma omp simd
+                for (int64_t j = 0; j < cols; j++) store(last + j, load(from + j) / whole);
+            if (pairs > 0) {
+                writer.put(line.data(), wide * int64_t(sizeof(T)));  // pairs leave at most one copy over
+            } else {
+                for (int64_t copy = 0; copy < q; copy++) writer.put(last, cols * int64_t(sizeof(T)));
+            }
+        }
     });
 }
 
 // out[i, j] = source[rows[i], cols[j]] * scale[j]
 template <class T>
-void remap(const T* source, T* out, int64_t width, const int64_t* rows, int64_t height, const int64_t* cols, int64_t n,
+void remap(const T* source, Target& out, int64_t width, const int64_t* rows, int64_t height, const int64_t* cols, int64_t n,
            const float* scale, int threads) {
-    if (height * n * int64_t(sizeof(T)) >= kPastCaches) expect_writes(out, height * n * int64_t(sizeof(T)));
-    parallel(height, n, threads, [&](int64_t begin, int64_t end, int) {
+    each_row<T>(out, height, n, threads, [&](int64_t begin, int64_t end, Writer& writer) {
+        std::vector<T> line(n);
         for (int64_t i = begin; i < end; i++) {
             const T* from = source + rows[i] * width;
-            T* to = out + i * n;
             if (scale)
-                for (int64_t j = 0; j < n; j++) store(to + j, load(from + cols[j]) * scale[j]);
+                for (int64_t j = 0; j < n; j++) store(line.data() + j, load(from + cols[j]) * scale[j]);
             else
-                for (int64_t j = 0; j < n; j++) to[j] = from[cols[j]];
+                for (int64_t j = 0; j < n; j++) line[j] = from[cols[j]];
+            writer.put(line.data(), n * int64_t(sizeof(T)));
         }
     });
+}
+
+// max |sum of the copies in a row - what they are copies of| and the largest magnitude there, in fp64: see kernels/raw.py.
+template <class T>
+void unfold(const T* source, const T* grown, int64_t width, const int64_t* rows, int64_t height, const int64_t* cols, int64_t n,
+            double* result, int threads) {
+    std::vector<double> found(2 * size_t(threads));
+    parallel(height, n, threads, [&](int64_t begin, int64_t end, int thread) {
+        std::vector<double> sums(width);
+        double difference = 0, largest = 0;
+        for (int64_t i = begin; i < end; i++) {
+            const T *from = source + rows[i] * width, *copies = grown + i * n;
+            std::fill(sums.begin(), sums.end(), 0.0);
+            if (cols)
+                for (int64_t j = 0; j < n; j++) sums[cols[j]] += double(load(copies + j));
+            else
+                for (int64_t tile = 0; tile < n; tile += width)
+#pragma omp simd
+                    for (int64_t j = 0; j < width; j++) sums[j] += double(load(copies + tile + j));
+#pragma omp simd reduction(max : difference, largest)
+            for (int64_t j = 0; j < width; j++) {
+                const double whole = load(from + j), gap = std::fabs(sums[j] - whole), size = std::fabs(whole);
+                difference = gap > difference ? gap : difference;
+                largest = size > largest ? size : largest;
+            }
+        }
+        found[2 * thread] = difference, found[2 * thread + 1] = largest;
+    });
+    for (size_t i = 0; i < found.size(); i++) result[i % 2] = std::max(result[i % 2], found[i]);
 }
 
 }  // namespace
 }  // namespace hyperllama
 
-HYPERLLAMA_API void hyperllama_grow(int is_bf16, const void* source, void* out, int64_t rows, int64_t cols, int64_t row_copies,
-                                    int64_t col_copies, double scale, int noise, uint64_t key,
+HYPERLLAMA_API void hyperllama_grow(int is_bf16, const void* source, hyperllama::Target* out, int64_t rows, int64_t cols,
+                                    int64_t row_copies, int64_t col_copies, double divisor, double scale, int noise, uint64_t key,
                                     int threads) {
     using namespace hyperllama;
     if (is_bf16)
-        grow((const bf16*)source, (bf16*)out, rows, cols, row_copies, col_copies, float(scale), noise != 0, key, threads);
+        grow((const bf16*)source, *out, rows, cols, row_copies, col_copies, divisor, float(scale), noise != 0, key, threads);
     else
-        grow((const float*)source, (float*)out, rows, cols, row_copies, col_copies, float(scale), noise != 0, key, threads);
+        grow((const float*)source, *out, rows, cols, row_copies, col_copies, divisor, float(scale), noise != 0, key, threads);
 }
 
-HYPERLLAMA_API void hyperllama_remap(int is_bf16, const void* source, void* out, int64_t width, const int64_t* rows, int64_t height,
-                                     const int64_t* cols, int64_t n, const float* scale, int threads) {
+HYPERLLAMA_API void hyperllama_remap(int is_bf16, const void* source, hyperllama::Target* out, int64_t width, const int64_t* rows,
+                                     int64_t height, const int64_t* cols, int64_t n, const float* scale, int threads) {
     using namespace hyperllama;
     if (is_bf16)
-        remap((const bf16*)source, (bf16*)out, width, rows, height, cols, n, scale, threads);
+        remap((const bf16*)source, *out, width, rows, height, cols, n, scale, threads);
     else
-        remap((const float*)source, (float*)out, width, rows, height, cols, n, scale, threads);
+        remap((const float*)source, *out, width, rows, height, cols, n, scale, threads);
+}
+
+// cols: null for tiles. result (2,): zeros in; the difference and the largest magnitude out.
+HYPERLLAMA_API void hyperllama_unfold(int is_bf16, const void* source, const void* grown, int64_t width, const int64_t* rows,
+                                      int64_t height, const int64_t* cols, int64_t n, double* result, int threads) {
+    using namespace hyperllama;
+    if (is_bf16)
+        unfold((const bf16*)source, (const bf16*)grown, width, rows, height, cols, n, result, threads);
+    else
+        unfold((const float*)source, (const float*)grown, width, rows, height, cols, n, result, threads);
 }

@@ -4,6 +4,7 @@
 // registers where it can.
 #include "common.h"
 #include "counter.h"
+#include "target.h"
 
 #include <cmath>
 #include <memory>
@@ -26,6 +27,7 @@ enum Dtype { kFloat32, kBfloat16, kFloat16 };
 struct Source {
     const void* data;
     int dtype;
+    uint64_t* hash;  // of the tensor, where it is asked for
 };
 
 // Vectors of one register: compilers take wider ones apart element by element.
@@ -140,21 +142,20 @@ inline int32_t magnitude(float x) {
 }
 
 template <class T>
-void narrow(const float* block, int64_t n, T* to, bool past_caches) {
+void narrow(const float* block, int64_t n, Writer& writer) {
     alignas(64) T rounded[kBlock];
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) store(rounded + j, block[j]);
-    if (past_caches)
-        stream(to, rounded, n * int64_t(sizeof(T)));
-    else
-        std::memcpy(static_cast<void*>(to), rounded, n * sizeof(T));
+    writer.put(rounded, n * int64_t(sizeof(T)));
 }
 
-void write(const float* block, int64_t n, void* out, int dtype, int64_t begin, bool past_caches) {
-    if (dtype == kBfloat16) narrow(block, n, static_cast<bf16*>(out) + begin, past_caches);
-    if (dtype == kFloat16) narrow(block, n, static_cast<fp16*>(out) + begin, past_caches);
-    if (dtype == kFloat32) narrow(block, n, static_cast<float*>(out) + begin, past_caches);
+void write(const float* block, int64_t n, int dtype, Writer& writer) {
+    if (dtype == kBfloat16) narrow<bf16>(block, n, writer);
+    if (dtype == kFloat16) narrow<fp16>(block, n, writer);
+    if (dtype == kFloat32) writer.put(block, n * int64_t(sizeof(float)));
 }
+
+int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // Calls f(block, begin, n) for the blocks [first, end) of `elements`.
 template <class F>
@@ -170,6 +171,38 @@ struct Merge {
     int threads;
 
     int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
+};
+
+// Hashes the blocks of all inputs that one thread reads, just before they are used: they are read from memory once.
+class Hashes {
+public:
+    Hashes(const Merge& merge, bool wanted) : merge_(merge) {
+        for (int64_t i = 0; wanted && i <= merge.count; i++)
+            if (of(i).hash) sums_.push_back({i, 0});
+    }
+
+    ~Hashes() {
+        for (const Sum& sum : sums_) __atomic_fetch_add(of(sum.input).hash, sum.hash, __ATOMIC_RELAXED);
+    }
+
+    void add(int64_t begin, int64_t n) {
+        for (Sum& sum : sums_) {
+            const Source& source = of(sum.input);
+            const int64_t size = bytes_of(source.dtype), at = begin * size;
+            sum.hash += hash_blocks(static_cast<const char*>(source.data) + at, n * size, at / kHashBlock);
+        }
+    }
+
+private:
+    struct Sum {
+        int64_t input;
+        uint64_t hash;
+    };
+
+    const Source& of(int64_t i) const { return i < merge_.count ? merge_.models[i] : merge_.base; }
+
+    const Merge& merge_;
+    std::vector<Sum> sums_;
 };
 
 // ---- Which elements of a difference are kept ----
@@ -340,6 +373,8 @@ Counts tally(const Source& x, int64_t begin, const float* base, int64_t n, Brack
 // pass counts what is above and at its ends and collects what is inside. Whole groups of equals are at an end, not inside, where
 // they are large enough to matter. When the sample misled, histograms over the tensor find the same.
 class Tops {
+    static constexpr int64_t kMostInside = 4 << 20;  // keys of one model and thread: the memory of any merge is bounded
+
 public:
     Tops(const Merge& merge, const int64_t* kept, Trim* trims) : merge_(merge), kept_(kept), trims_(trims) {
         for (int64_t i = 0; i < merge.count; i++) {
@@ -348,7 +383,7 @@ public:
             trims[i].last = kept[i] > 0 ? merge.n : -1;
             if (kept[i] > 0 && kept[i] < merge.n) active_.push_back(i);
         }
-        if (active_.empty()) return;
+        if (!counted()) return;
         brackets_.resize(merge.count);
         sample();
         count();
@@ -356,6 +391,9 @@ public:
             for (int64_t a = begin; a < end; a++) find(active_[a]);
         });
     }
+
+    // Whether a pass over the tensors was needed.
+    bool counted() const { return !active_.empty(); }
 
 private:
     struct Part {  // of the blocks, done by one thread
@@ -412,14 +450,16 @@ private:
         parallel(merge_.blocks(), kBlock * merge_.count, merge_.threads, [&](int64_t first, int64_t end, int thread) {
             Part& part = parts_[thread];
             part.begin = first, part.end = end;
-            part.capacity = (end - first) * kBlock / 8 + 2 * kBlock;
+            part.capacity = std::min((end - first) * kBlock / 8, kMostInside) + 2 * kBlock;
             part.inside.reset(new int32_t[merge_.count * part.capacity]);
             if (part.capacity >= 4 << 20)  // a small part of it is used: a large page must be worth clearing
                 expect_writes(part.inside.get(), merge_.count * part.capacity * int64_t(sizeof(int32_t)));
             part.used.assign(merge_.count, 0);
             part.full.assign(merge_.count, 0);
             alignas(64) float base[kBlock];
+            Hashes hashes(merge_, true);
             each_block(first, end, merge_.n, [&](int64_t block, int64_t begin, int64_t n) {
+                hashes.add(begin, n);
                 read_block(merge_.base, begin, n, base);
                 for (int64_t i : active_) {
                     part.full[i] = part.full[i] || part.used[i] + n + 16 > part.capacity;
@@ -542,14 +582,18 @@ struct WideGroup {
 
 // `sums` (width,) = fp64 sums over chunks of what f(begin, n, sums, thread) adds for every block, chunk by chunk in order.
 template <class F>
-std::vector<double> sums_over_chunks(const Merge& merge, int64_t width, int64_t cost, F f) {
+std::vector<double> sums_over_chunks(const Merge& merge, int64_t width, int64_t cost, bool hash_inputs, F f) {
     const int64_t chunks = (merge.n + kChunk - 1) / kChunk, per_chunk = kChunk / kBlock;
     std::vector<double> partial(chunks * width), total(width);
     parallel(chunks, kChunk * cost, merge.threads, [&](int64_t first, int64_t end, int) {
         std::vector<float> memory(merge.count * kBlock);
+        Hashes hashes(merge, hash_inputs);
         for (int64_t chunk = first; chunk < end; chunk++)
             each_block(chunk * per_chunk, std::min((chunk + 1) * per_chunk, merge.blocks()), merge.n,
-                       [&](int64_t, int64_t begin, int64_t n) { f(begin, n, memory.data(), partial.data() + chunk * width); });
+                       [&](int64_t, int64_t begin, int64_t n) {
+                           hashes.add(begin, n);
+                           f(begin, n, memory.data(), partial.data() + chunk * width);
+                       });
     });
     for (int64_t chunk = 0; chunk < chunks; chunk++)
         for (int64_t j = 0; j < width; j++) total[j] += partial[chunk * width + j];
@@ -557,7 +601,7 @@ std::vector<double> sums_over_chunks(const Merge& merge, int64_t width, int64_t 
 }
 
 // |d|_1 / |trimmed d|_1 for every model.
-std::vector<double> ratios(const Merge& merge, const Trim* trims) {
+std::vector<double> ratios(const Merge& merge, const Trim* trims, bool hash_inputs) {
     const auto add = [&](int64_t begin, int64_t n, float*, double* sums) {
         for (int64_t i = 0; i < merge.count; i++) {
             WideGroup before, after;
@@ -577,7 +621,7 @@ std::vector<double> ratios(const Merge& merge, const Trim* trims) {
             sums[2 * i + 1] += after.sum();
         }
     };
-    const std::vector<double> sums = sums_over_chunks(merge, 2 * merge.count, merge.count, add);
+    const std::vector<double> sums = sums_over_chunks(merge, 2 * merge.count, merge.count, hash_inputs, add);
     std::vector<double> result(merge.count);
     for (int64_t i = 0; i < merge.count; i++) {
         const double before = sums[2 * i], after = sums[2 * i + 1];
@@ -592,7 +636,7 @@ struct Combination {
     const float* weights;
     float lam, divisor;
     bool elect, normalize;  // with elect: divide by the weights that agree; else by `divisor`
-    void* out;
+    Target& out;
     int dtype;
 };
 
@@ -620,14 +664,18 @@ inline void elect(const std::vector<Group>& products, const Combination& how, Gr
     }
 }
 
-void combine(const Merge& merge, const Trim* trims, const Combination& how) {
-    const int64_t bytes = merge.n * (how.dtype == kFloat32 ? 4 : 2);
-    const bool past_caches = bytes >= kPastCaches, linear = !merge.base.data;
-    if (past_caches) expect_writes(how.out, bytes);
+void combine(const Merge& merge, const Trim* trims, const Combination& how, bool hash_inputs) {
+    const int64_t size = bytes_of(how.dtype);
+    const bool past_caches = how.out.data && merge.n * size >= kPastCaches, linear = !merge.base.data;
+    const uint32_t infinity = how.dtype == kFloat32 ? 0x7F800000 : how.dtype == kBfloat16 ? 0x7F80 : 0x7C00;
+    if (past_caches) expect_writes(how.out.data, merge.n * size);
     parallel(merge.blocks(), kBlock * merge.count, merge.threads, [&](int64_t first, int64_t end, int) {
         std::vector<Group> products(how.elect ? merge.count : 0);
         alignas(64) float merged[kBlock];
+        Writer writer(how.out, first * kBlock * size, size, infinity, past_caches);
+        Hashes hashes(merge, hash_inputs);
         each_block(first, end, merge.n, [&](int64_t, int64_t begin, int64_t n) {
+            hashes.add(begin, n);
             for (int64_t j = 0; j < n; j += kGroup) {
                 Group base, total{};
                 read(merge.base, begin + j, n - j, base);
@@ -654,15 +702,15 @@ void combine(const Merge& merge, const Trim* trims, const Combination& how) {
                     std::memcpy(merged + j + kLanes * c, &value, sizeof value);
                 }
             }
-            write(merged, n, how.out, how.dtype, begin, past_caches);
+            write(merged, n, how.dtype, writer);
         });
-        if (past_caches) streamed();
+        writer.finish();
     });
 }
 
-std::vector<Source> sources(const void* const* data, const int* dtypes, int64_t count) {
+std::vector<Source> sources(const void* const* data, const int* dtypes, uint64_t* hashes, int64_t count) {
     std::vector<Source> result(count);
-    for (int64_t i = 0; i < count; i++) result[i] = {data[i], dtypes[i]};
+    for (int64_t i = 0; i < count; i++) result[i] = {data[i], dtypes[i], hashes && data[i] ? hashes + i : nullptr};
     return result;
 }
 
@@ -670,18 +718,20 @@ std::vector<Source> sources(const void* const* data, const int* dtypes, int64_t 
 }  // namespace hyperllama
 
 // tensors, dtypes: `count` models and then the base; a null base is zeros. trim: 0 none, 1 largest, 2 random by keys; rescale: 0
-// none, 1 by density, 2 by norm.
-HYPERLLAMA_API void hyperllama_merge(const void* const* tensors, const int* dtypes, int64_t count, int64_t n,
+// none, 1 by density, 2 by norm. hashes, unless null: (count + 1,) zeros, to which each tensor's is added in the first pass.
+HYPERLLAMA_API void hyperllama_merge(const void* const* tensors, const int* dtypes, uint64_t* hashes, int64_t count, int64_t n,
                                      const double* weights, const double* densities, const uint64_t* keys, int trim, int rescale,
-                                     int elect, int normalize, double divisor, double lam, void* out, int out_dtype, int threads) {
+                                     int elect, int normalize, double divisor, double lam, hyperllama::Target* out, int out_dtype,
+                                     int threads) {
     using namespace hyperllama;
-    const std::vector<Source> all = sources(tensors, dtypes, count + 1);
+    const std::vector<Source> all = sources(tensors, dtypes, hashes, count + 1);
     const Merge merge{all[count], all.data(), count, n, threads};
     std::vector<Trim> trims(count);
+    bool first_pass = true;
     if (trim == kTop) {
         std::vector<int64_t> kept(count);
         for (int64_t i = 0; i < count; i++) kept[i] = int64_t(densities[i] * double(n));
-        Tops(merge, kept.data(), trims.data());
+        if (Tops(merge, kept.data(), trims.data()).counted()) first_pass = false;
     }
     for (int64_t i = 0; trim == kRandom && i < count; i++) {
         trims[i].kept = kRandom;
@@ -689,18 +739,22 @@ HYPERLLAMA_API void hyperllama_merge(const void* const* tensors, const int* dtyp
         trims[i].limit = int32_t(std::ceil(std::ldexp(float(densities[i]), 24)));
     }
     std::vector<double> scales(count, 1.0);
-    if (rescale == 2) scales = ratios(merge, trims.data());
+    if (rescale == 2) {
+        scales = ratios(merge, trims.data(), first_pass);
+        first_pass = false;
+    }
     for (int64_t i = 0; rescale == 1 && i < count; i++) scales[i] = densities[i] > 0 ? 1 / densities[i] : 1;
     std::vector<float> rounded(weights, weights + count);
     for (int64_t i = 0; i < count; i++) trims[i].scale = float(scales[i] * weights[i]);
-    combine(merge, trims.data(), {rounded.data(), float(lam), float(divisor), elect != 0, normalize != 0, out, out_dtype});
+    const Combination how{rounded.data(), float(lam), float(divisor), elect != 0, normalize != 0, *out, out_dtype};
+    combine(merge, trims.data(), how, first_pass);
 }
 
 // gram (count, count) = <x_i - b, x_j - b>: products and chains of 16 sums in fp32, then fp64.
-HYPERLLAMA_API void hyperllama_merge_gram(const void* const* tensors, const int* dtypes, int64_t count, int64_t n, double* gram,
-                                          int threads) {
+HYPERLLAMA_API void hyperllama_merge_gram(const void* const* tensors, const int* dtypes, uint64_t* hashes, int64_t count, int64_t n,
+                                          double* gram, int threads) {
     using namespace hyperllama;
-    const std::vector<Source> all = sources(tensors, dtypes, count + 1);
+    const std::vector<Source> all = sources(tensors, dtypes, hashes, count + 1);
     const Merge merge{all[count], all.data(), count, n, threads};
     const auto add = [&](int64_t begin, int64_t n, float* d, double* sums) {
         for (int64_t j = 0; j < kBlock; j += kGroup) {
@@ -724,7 +778,7 @@ HYPERLLAMA_API void hyperllama_merge_gram(const void* const* tensors, const int*
                 sums[i * count + o] += wide.sum();
             }
     };
-    const std::vector<double> sums = sums_over_chunks(merge, count * count, count * count, add);
+    const std::vector<double> sums = sums_over_chunks(merge, count * count, count * count, true, add);
     for (int64_t i = 0; i < count; i++)
         for (int64_t o = 0; o <= i; o++) gram[i * count + o] = gram[o * count + i] = sums[i * count + o];
 }

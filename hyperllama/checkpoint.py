@@ -34,7 +34,7 @@ from torch import Tensor
 from hyperllama.arena import Arena
 from hyperllama.config import CheckpointSettings, ModelConfig, validated
 from hyperllama.errors import HyperLlamaError
-from hyperllama.files import read_json, sha256_file, sync, write_json, write_text
+from hyperllama.files import fsync, read_json, sha256_file, write_json, write_text
 from hyperllama.hub import folded, hf_config, write_folder
 from hyperllama.names import logical_tensors
 
@@ -222,11 +222,11 @@ def _complete(temporary: Path, state: dict[str, Any], folder: Path) -> None:
     write_text(temporary / SUMS, "".join(lines))
     for file in sums:
         file.unlink()
-    sync(temporary)
+    fsync(temporary)
     if folder.exists():  # the same step again, after a damaged one before it was used: this one counts
         shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")))
     temporary.rename(folder)
-    sync(folder.parent)
+    fsync(folder.parent)
 
 
 def read_sums(folder: Path) -> dict[str, str]:

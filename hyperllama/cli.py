@@ -28,6 +28,9 @@ app.add_typer(data_app, name="data")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+Sync = Annotated[
+    bool, typer.Option("--sync", help="Have the disk hold the result before it appears: it then survives a power cut.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.")
 ]
@@ -214,11 +217,16 @@ def grow_command(
         float | None, typer.Option(help="hyperclone: signal-to-noise ratio of the paired noise; default: none.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of random maps.")] = 0,
+    logits: Annotated[
+        bool,
+        typer.Option("--logits", help="Compare logits too, on random tokens: takes both models in memory, as fp32."),
+    ] = False,
+    sync: Sync = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Grow a model wider, deeper or by tokens, and verify whether it still computes the same function."""
+    """Grow a model wider, deeper or by tokens, and verify by every weight whether it still computes the same function."""
     from hyperllama.grow.operators import make_operators
 
     pieces = None
@@ -231,30 +239,38 @@ def grow_command(
         method.split(","), factor=factor, ffn_factor=ffn_factor, depth_factor=depth_factor, drop=drop, dyadic=dyadic,
         noise_db=noise_db, seed=seed, pieces=pieces,
     )  # fmt: skip
-    from hyperllama.grow.folder import grow_folder, plan_growth
+    from hyperllama.grow.folder import check_output, grow_folder, plan_growth
 
     if dry_run:
-        check_free(out)
-        _print(plan_growth(source, operators) | {"writes": str(out)}, as_json)
+        plan = plan_growth(source, operators)
+        check_output(plan, out)
+        _print(plan | {"writes": str(out)}, as_json)
         return
     with _bar("grow", disable=quiet) as progress:
-        result = grow_folder(source, out, operators, tokenizer=tokenizer, progress=progress)
+        result = grow_folder(source, out, operators, tokenizer=tokenizer, logits=logits, sync=sync, progress=progress)
     verified = result["verified"]
     if as_json:
         _print(result, True)
+        return
+    before, after = result["parameters"]["before"], result["parameters"]["after"]
+    print(f"{out}: {before:,} -> {after:,} parameters")
+    claim = "preserved" if verified["preserved"] else "NOT preserved"
+    if not verified["claimed"]:
+        print(f"function {claim}: {method} does not keep it; checked: all weights are finite")
     else:
-        before, after = result["parameters"]["before"], result["parameters"]["after"]
-        print(f"{out}: {before:,} -> {after:,} parameters")
-        claim = "preserved" if verified["preserved"] else "NOT preserved"
-        if not verified["claimed"]:
-            claim += f" ({method} does not keep it; checked: all logits are finite)"
-        elif not verified["preserved"]:
+        if not verified["preserved"]:
             claim += " (the copies' shares are rounded to the weights' dtype)"
         elif "vocabulary" in method.split(","):
             claim += " (on the old tokens)"
         print(
-            f"largest logit difference on {verified['tokens']} random tokens, in fp32: {verified['max_logit_difference']:.3g} "
-            f"(largest logit {verified['max_logit']:.3g}): function {claim}"
+            f"function {claim}: the copies of every weight were summed and compared, in {verified['tensors']} tensors; largest "
+            f"difference {verified['max_difference']:.3g} of a tensor's largest weight"
+        )
+    if logits:
+        found = verified["logits"]
+        print(
+            f"largest logit difference on {found['tokens']} random tokens, in fp32: {found['max_logit_difference']:.3g} "
+            f"(largest logit {found['max_logit']:.3g})"
         )
 
 
@@ -283,11 +299,12 @@ def merge_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     seed: Annotated[int | None, typer.Option(help="Seed of random masks, in place of the recipe's.")] = None,
     compat: Annotated[str | None, typer.Option(help="mergekit: round every operation as it does.")] = None,
+    sync: Sync = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge models by a mergekit recipe."""
+    """Merge models by a mergekit recipe; a merge that was killed goes on with the same command."""
     from hyperllama.merge.executor import check_output, run
     from hyperllama.merge.planner import plan
     from hyperllama.merge.recipe import read_recipe, with_extensions
@@ -298,7 +315,7 @@ def merge_command(
         _print(planned.describe() | {"writes": str(out)}, as_json)
         return
     with _bar("merge", disable=quiet) as progress:
-        summary = run(planned, out, progress=progress)
+        summary = run(planned, out, sync=sync, progress=progress)
     _print(summary, as_json)
 
 
@@ -423,7 +440,7 @@ class _bar:
     """A progress bar on standard error as a context manager that yields `progress(done, total)`."""
 
     def __init__(self, what: str, *, disable: bool = False):
-        from hyperllama.train.metrics import console, progress_bar
+        from hyperllama.progress import console, progress_bar
 
         self.what, self.bar = what, progress_bar(console(), disable=disable)
 

@@ -7,27 +7,40 @@ final norm's weight is divided by it (exact for powers of two) and config.json r
 "hyperllama_folded_factor"; on the way in the fold is undone, and training goes on as if it had never been written.
 """
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
 
 from hyperllama import __version__
 from hyperllama.config import ModelConfig, validated
-from hyperllama.dtypes import from_safetensors
 from hyperllama.errors import HyperLlamaError
-from hyperllama.files import atomic_folder, read_json, sha256_file, write_json
+from hyperllama.files import atomic_folder, check_room, read_json, sha256_file, write_json
 from hyperllama.flops import Ledger
+from hyperllama.kernels.hashing import Bytes
+from hyperllama.kernels.raw import Raw
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
+from hyperllama.weights import (
+    JOURNAL,
+    NewTensor,
+    TensorFile,
+    WeightsWriter,
+    journal_job,
+    shard_index,
+    shard_names,
+    shards,
+)
+
+if TYPE_CHECKING:  # torch is imported by what needs it: growing and merging folders do not
+    import torch
+    from torch import Tensor
 
 CARD = "hyperllama.json"
 FOLDED = "hyperllama_folded_factor"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-SHARD_BYTES = 5 * 10**9  # as the field's tools cut them
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -44,13 +57,10 @@ class Folder:
 
     def __init__(self, path: Path, config: dict[str, Any], card: dict[str, Any], files: list[Path]):
         self.path, self.config, self.card, self.files = path, config, card, files
-        self._where: dict[str, Any] = {}
-        for file in files:
-            try:
-                handle = safe_open(str(file), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise HyperLlamaError(f"{file} is damaged or not a safetensors file: {error}") from None
-            self._where.update(dict.fromkeys(handle.keys(), handle))
+        self._where: dict[str, TensorFile] = {}
+        self._handles: dict[TensorFile, Any] = {}
+        for file in map(TensorFile, files):
+            self._where.update(dict.fromkeys(file.entries, file))
         # old exporters stored RoPE's frequencies with the weights; they follow from rope_theta
         self.names: list[str] = sorted(name for name in self._where if not name.endswith("rotary_emb.inv_freq"))
 
@@ -59,23 +69,45 @@ class Folder:
         """The ledger on the folder's card; none for a model from elsewhere."""
         return [Ledger.from_json(self.card["ledger"], self.path / CARD)] if "ledger" in self.card else []
 
-    def _slice(self, name: str) -> Any:
+    def file(self, name: str) -> TensorFile:
+        """The file that holds a tensor. Raises HyperLlamaError when none does."""
         if name not in self._where:
             raise HyperLlamaError(f"{self.path} has no tensor {name}")
-        return self._where[name].get_slice(name)
+        return self._where[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, read from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self.file(name).entries[name].shape
 
     def dtype(self, name: str) -> str:
         """Dtype of a tensor by its name, read from the header."""
-        return from_safetensors(self._slice(name).get_dtype(), f"{self.path}: tensor {name}")
+        return self.file(name).dtype(name)
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor on the CPU, over the memory map."""
-        self._slice(name)
-        return self._where[name].get_tensor(name)
+    def raw(self, name: str) -> Raw:
+        """A tensor as the kernels take it, over the memory map; valid while the folder is."""
+        return self.file(name).raw(name)
+
+    def bytes(self, name: str) -> Bytes:
+        """A tensor's bytes, over the memory map."""
+        return self.file(name).bytes(name)
+
+    def tensor(self, name: str) -> "Tensor":
+        """A tensor on the CPU, over a memory map."""
+        from safetensors import safe_open
+
+        file = self.file(name)
+        if file not in self._handles:
+            self._handles[file] = safe_open(str(file.path), framework="pt")
+        return self._handles[file].get_tensor(name)
+
+    def check_hash(self, name: str, digest: str) -> None:
+        """Raise HyperLlamaError when the folder's card knows another hash of a tensor."""
+        known = self.card.get("weights", {}).get(name, digest)
+        if known != digest:
+            raise HyperLlamaError(
+                f"{self.path}: tensor {name} has the hash {digest}, {CARD} says {known}: the file is damaged, or was "
+                "changed by a program that left the card as it was"
+            )
 
 
 def open_folder(path: str | Path) -> Folder:
@@ -102,10 +134,10 @@ def open_folder(path: str | Path) -> Folder:
     else:
         raise HyperLlamaError(f"{path} has no model.safetensors and no model.safetensors.index.json")
     card = read_json(path / CARD) if (path / CARD).is_file() else {}
-    kinds = {"growth": list, "token_counts": dict}
+    kinds = {"growth": list, "token_counts": dict, "weights": dict}
     if not isinstance(card, dict) or not all(isinstance(card.get(key, kind()), kind) for key, kind in kinds.items()):
         raise HyperLlamaError(
-            f"{path / CARD} is damaged: a mapping with a list 'growth' and a mapping 'token_counts' was expected"
+            f"{path / CARD} is damaged: a mapping with a list 'growth' and mappings 'token_counts' and 'weights' was expected"
         )
     folder = Folder(path, config, card, files)
     if index.is_file() and len(files) > 1:
@@ -171,7 +203,7 @@ def model_config(config: dict[str, Any], where: Path) -> ModelConfig:
     return validated(ModelConfig, values, str(file))
 
 
-def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(config: ModelConfig, dtype: "torch.dtype | str") -> dict[str, Any]:
     """The config.json of a plain LlamaForCausalLM; a head factor is noted as folded into the final norm."""
     values: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -210,7 +242,7 @@ def factor_is_folded(config: dict[str, Any]) -> bool:
 def write_folder(
     path: str | Path,
     config: dict[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, "Tensor"]],
     card: dict[str, Any],
     *,
     tokenizer_from: Path | None = None,
@@ -220,45 +252,71 @@ def write_folder(
 
     Raises HyperLlamaError when the folder exists and `overwrite` is false; then nothing is written.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with atomic_folder(path, overwrite=overwrite) as folder:
-        shards: list[dict[str, Tensor]] = []
         pending: dict[str, Tensor] = {}
-        size = total = 0
-        weight_map: dict[str, int] = {}
+        sizes: dict[str, int] = {}
+        closed = 0
 
         def close() -> None:
-            nonlocal pending, size
-            if pending:
-                try:
-                    save_file(pending, str(folder / f"shard-{len(shards)}"), metadata={"format": "pt"})
-                except SafetensorError as error:  # a full disk, in the library's own words
-                    raise HyperLlamaError(f"{path} can't be written: {error}") from None
-                shards.append({})
-            pending, size = {}, 0
+            nonlocal pending, closed
+            try:
+                save_file(pending, str(folder / f"shard-{closed}"), metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, in the library's own words
+                raise HyperLlamaError(f"{path} can't be written: {error}") from None
+            pending, closed = {}, closed + 1
 
         for name, tensor in tensors:
-            n_bytes = tensor.numel() * tensor.element_size()
-            if size + n_bytes > SHARD_BYTES:
+            sizes[name] = tensor.numel() * tensor.element_size()
+            if len(shards(sizes)) > closed + 1:
                 close()
-            weight_map[name] = len(shards)
             pending[name] = tensor.contiguous()
-            size, total = size + n_bytes, total + n_bytes
         close()
-        if len(shards) == 1:
-            (folder / "shard-0").rename(folder / "model.safetensors")
-        else:
-            files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-            for i, file in enumerate(files):
-                (folder / f"shard-{i}").rename(folder / file)
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {name: files[i] for name, i in weight_map.items()},
-            }
-            write_json(folder / "model.safetensors.index.json", index)
-        write_json(folder / "config.json", config)
-        write_json(folder / CARD, {"code_version": __version__, **card})
-        if tokenizer_from is not None:
-            copy_tokenizer(tokenizer_from, folder)
+        for i, file in enumerate(shard_names(closed)):
+            (folder / f"shard-{i}").rename(folder / file)
+        _complete(folder, sizes, config, card, tokenizer_from)
+
+
+def _complete(
+    folder: Path, sizes: Mapping[str, int], config: dict[str, Any], card: dict[str, Any], tokenizer_from: Path | None
+) -> None:
+    """Write what a model folder has besides weights; `sizes` are the tensors' bytes, in order."""
+    files = shards(sizes)
+    if len(files) > 1:
+        write_json(folder / "model.safetensors.index.json", shard_index(files, sum(sizes.values())))
+    write_json(folder / "config.json", config)
+    write_json(folder / CARD, {"code_version": __version__, **card})
+    if tokenizer_from is not None:
+        copy_tokenizer(tokenizer_from, folder)
+
+
+class FolderWriter(WeightsWriter):
+    """The weights of a new model folder, to be written one after another, then `complete`d."""
+
+    def complete(self, config: dict[str, Any], card: dict[str, Any], tokenizer_from: Path | None) -> None:
+        """Write the rest of the folder; the tensors' hashes go on its card."""
+        sizes = {tensor.name: tensor.n_bytes for tensor in self.tensors.values()}
+        _complete(self.folder, sizes, config, {**card, "weights": self.hashes()}, tokenizer_from)
+
+
+@contextmanager
+def streamed_folder(
+    path: str | Path, tensors: Sequence[NewTensor], job: str, *, overwrite: bool = False, sync: bool = False
+) -> Iterator[FolderWriter]:
+    """Write a model folder tensor by tensor, in place and atomically; what a killed process of the same `job` left is gone on with.
+
+    sync: see files.atomic_folder. Raises HyperLlamaError when the folder exists and `overwrite` is false, or the disk has no room.
+    """
+    check_room(path, sum(tensor.n_bytes for tensor in tensors))
+    with atomic_folder(path, overwrite=overwrite, resumes=lambda left: journal_job(left) == job, sync=sync) as folder:
+        writer = FolderWriter(folder, tensors, job)
+        try:
+            yield writer
+        finally:
+            writer.close()
+        (folder / JOURNAL).unlink()
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -279,28 +337,58 @@ def folder_hashes(folder: Folder) -> dict[str, str]:
     return {file.name: sha256_file(file) for file in [folder.path / "config.json", *folder.files]}
 
 
-def read_weights(folder: Folder, config: ModelConfig, targets: dict[str, Tensor]) -> None:
-    """Copy a folder's weights into `targets` (Hugging Face name -> view), unfolding the head factor.
+def weights_hash(folder: Folder, hashes: Mapping[str, str]) -> str:
+    """One SHA-256 for the tensors of a folder in `hashes` (name -> hash), with their dtypes and shapes."""
+    lines = [f"{name} {folder.dtype(name)} {list(folder.shape(name))} {hashes[name]}" for name in sorted(hashes)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    Raises HyperLlamaError naming the tensor that is missing, unexpected, or of another shape.
-    """
-    if config.tie_embeddings and HEAD in folder.names and HEAD not in targets:
+
+def origin(label: str, folder: Folder, hashes: Mapping[str, str]) -> dict[str, str]:
+    """What a card says of a folder that something was made from; `hashes` are those of the tensors that were read."""
+    return {
+        "path": label,
+        "config_sha256": sha256_file(folder.path / "config.json"),
+        "weights": weights_hash(folder, hashes),
+    }
+
+
+def stamps(folder: Folder) -> list[list[Any]]:
+    """Names, sizes and times of the weight files: whether they are still those that a killed process read."""
+    return [
+        [str(file.resolve()), status.st_size, status.st_mtime_ns] for file in folder.files for status in [file.stat()]
+    ]
+
+
+def check_weights(folder: Folder, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise HyperLlamaError naming the tensor that is missing, unexpected, of another shape, or no floating-point weight."""
+    if config.tie_embeddings and HEAD in folder.names and HEAD not in shapes:
         check_tied(folder)
         names = [name for name in folder.names if name != HEAD]  # some tools write the tied table twice
     else:
         names = folder.names
-    missing, unknown = sorted(set(targets) - set(names)), sorted(set(names) - set(targets))
+    missing, unknown = sorted(set(shapes) - set(names)), sorted(set(names) - set(shapes))
     if missing:
         raise HyperLlamaError(f"{folder.path} has no tensor {missing[0]}, which its config.json asks for")
     if unknown:
         raise HyperLlamaError(f"{folder.path} has a tensor {unknown[0]} that no Llama of its config.json has")
-    factor = config.lm_head_normalization_factor if factor_is_folded(folder.config) else 1.0
-    for name, target in targets.items():
-        if folder.shape(name) != tuple(target.shape):
+    for name, shape in shapes.items():
+        if folder.shape(name) != shape:
             raise HyperLlamaError(
-                f"{folder.path}: tensor {name} has shape {folder.shape(name)}, config.json asks for {tuple(target.shape)}"
+                f"{folder.path}: tensor {name} has shape {folder.shape(name)}, config.json asks for {shape}"
             )
         folder.dtype(name)  # refuses quantised weights
+
+
+def read_weights(folder: Folder, config: ModelConfig, targets: dict[str, "Tensor"]) -> None:
+    """Copy a folder's weights into `targets` (Hugging Face name -> view), unfolding the head factor.
+
+    Raises HyperLlamaError as `check_weights` does.
+    """
+    import torch
+
+    check_weights(folder, config, {name: tuple(target.shape) for name, target in targets.items()})
+    factor = config.lm_head_normalization_factor if factor_is_folded(folder.config) else 1.0
+    for name, target in targets.items():
         source = folder.tensor(name)
         with torch.no_grad():
             target.copy_(source.to(torch.float32) * factor if name == FINAL_NORM and factor != 1.0 else source)
@@ -310,8 +398,8 @@ def check_tied(folder: Folder) -> None:
     """Raise HyperLlamaError when a folder said to be tied has a head of its own: readers differ on which of the two counts."""
     if HEAD not in folder.names:
         return
-    head, embedding = folder.tensor(HEAD), folder.tensor(EMBEDDING)
-    if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+    same_dtype = folder.dtype(HEAD) == folder.dtype(EMBEDDING)
+    if not same_dtype or not np.array_equal(folder.bytes(HEAD), folder.bytes(EMBEDDING)):
         raise HyperLlamaError(
             f"{folder.path}: config.json says that the embeddings are tied, but {HEAD} differs from {EMBEDDING}: "
             "set tie_word_embeddings to false, or remove one of them"
@@ -319,9 +407,11 @@ def check_tied(folder: Folder) -> None:
 
 
 def folded(
-    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> Iterable[tuple[str, Tensor]]:
+    config: ModelConfig, tensors: "Iterable[tuple[str, Tensor]]", dtype: "torch.dtype"
+) -> "Iterable[tuple[str, Tensor]]":
     """Logical tensors as a plain Llama's: on the CPU, in `dtype`, the head factor folded into the final norm."""
+    import torch
+
     for name, tensor in tensors:
         if name == FINAL_NORM and config.lm_head_normalization_factor != 1.0:
             tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) / config.lm_head_normalization_factor

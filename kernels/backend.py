@@ -6,21 +6,19 @@ HYPERLLAMA_BACKEND force one.
 """
 
 import ctypes
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, files
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperllama.errors import HyperLlamaError
+from hyperllama.kernels.native import csrc, library
 
 try:  # importing the package works without Triton; asking for a Triton kernel says what is missing
     import triton
@@ -36,6 +34,10 @@ except ImportError:
 
     constexpr = object
 
+__all__ = [
+    "BACKENDS", "DTYPES", "Differentiable", "Kernel", "choose", "constexpr", "csrc", "define", "jit", "library", "pointer", "tl",
+    "triton", "use", "wide",
+]  # fmt: skip
 BACKENDS = ("reference", "csrc", "triton")
 DTYPES = {"csrc": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 LIBRARY = torch.library.Library("hyperllama", "FRAGMENT")
@@ -146,54 +148,6 @@ def choose(
     if name == "csrc" and library() is None:
         return implementations["reference"]
     return implementations[name]
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """csrc for this CPU, or None (said once) when hyperllama was installed without a compiler.
-
-    torch is imported before it is loaded, so that both use the one OpenMP runtime that torch brings. Raises HyperLlamaError
-    when HYPERLLAMA_CSRC names a folder without it.
-    """
-    capability = torch.backends.cpu.get_cpu_capability()  # what the CPU has, or less where ATEN_CPU_CAPABILITY says so
-    names = {"AVX512": ["v4", "v3", "base"], "AVX2": ["v3", "base"]}.get(capability, ["base"])
-    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
-        names = ["v4_bf16", *names]
-    for folder in _library_folders():
-        for name in names:
-            if (folder / f"hyperllama_{name}.so").is_file():
-                return ctypes.CDLL(str(folder / f"hyperllama_{name}.so"))
-    if named := os.environ.get("HYPERLLAMA_CSRC"):
-        raise HyperLlamaError(f"HYPERLLAMA_CSRC: {named} has none of hyperllama_{{{','.join(names)}}}.so for this CPU")
-    logging.getLogger("hyperllama").warning("hyperllama was installed without a C++ compiler: CPU ops use plain torch")
-    return None
-
-
-def csrc(name: str) -> Any:
-    """The function hyperllama_<name> of the library, where `choose` has found that there is one.
-
-    Raises HyperLlamaError when the library is older than the code.
-    """
-    try:
-        return getattr(library(), f"hyperllama_{name}")
-    except AttributeError:
-        raise HyperLlamaError(
-            f"the installed csrc has no {name}: it is older than the code, install hyperllama again"
-        ) from None
-
-
-def _library_folders() -> list[Path]:
-    """Where an installed package, or an editable one, has its libraries; HYPERLLAMA_CSRC names another folder."""
-    import hyperllama
-
-    if folder := os.environ.get("HYPERLLAMA_CSRC"):
-        return [Path(folder)]
-    folders = [Path(path) / "lib" for path in hyperllama.__path__]
-    try:
-        installed = files("hyperllama") or []
-    except PackageNotFoundError:  # used from a checkout, never installed
-        installed = []
-    return folders + [Path(str(file.locate())).parent for file in installed if file.name.startswith("hyperllama_")]
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

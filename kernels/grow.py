@@ -17,22 +17,15 @@ is what growth by other maps needs (Net2Wider, Chen et al. 2016: units copied un
 product is in fp32 (fp64 for fp64), rounded once. C++ and Triton for both, bit for bit the reference.
 """
 
-from ctypes import c_double, c_int64, c_uint64
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels.backend import choose, constexpr, csrc, define, jit, pointer, tl, wide
+from hyperllama.kernels import raw
+from hyperllama.kernels.backend import choose, constexpr, define, jit, tl, wide
 from hyperllama.kernels.counter import signed, uniform, uniform_triton
-from hyperllama.keys import key_of
-
-MIN_NOISE_DB = 4.78  # sqrt(3) * 10^(-dB/20) <= 1 keeps the larger share at most S
-
-
-def _half_range(noise_db: float) -> float:
-    return 0.5 * 3**0.5 * 10 ** (-noise_db / 20)
+from hyperllama.kernels.raw import check_noise, half_range
 
 
 def grow_reference(source: Tensor, row_copies: int, col_copies: int, noise_db: float | None, key: int) -> Tensor:
@@ -43,7 +36,7 @@ def grow_reference(source: Tensor, row_copies: int, col_copies: int, noise_db: f
     if noise_db is None or col_copies < 2:
         return out
     rows, cols = out.shape[0], source.shape[1]
-    half_range = _half_range(noise_db)
+    half = half_range(noise_db)
     shared = (source / (col_copies / 2)).repeat(row_copies, 1)
     unrounded = shared.to(wide(shared.dtype))
     for pair in range(col_copies // 2):
@@ -51,7 +44,7 @@ def grow_reference(source: Tensor, row_copies: int, col_copies: int, noise_db: f
         counter = torch.arange(rows, device=out.device)[:, None] * (2 * out.shape[1]) + torch.arange(
             2 * first, 2 * (first + cols), 2, device=out.device
         )
-        share = 0.5 + half_range * uniform(key, counter)
+        share = 0.5 + half * uniform(key, counter)
         larger = (unrounded * share.to(unrounded.dtype)).to(out.dtype)
         smaller = shared - larger
         coin = uniform(key, counter + 1) < 0.5
@@ -64,14 +57,16 @@ def _shape(source: Tensor, row_copies: int, col_copies: int) -> list[int]:
     return [size * copies for size, copies in zip(source.shape, (row_copies, col_copies), strict=False)]
 
 
+def _raw(source: Tensor) -> raw.Raw:
+    return raw.Raw(source.data_ptr(), str(source.dtype).removeprefix("torch."), source.numel())
+
+
 def _grow_csrc(source: Tensor, row_copies: int, col_copies: int, noise_db: float | None, key: int) -> Tensor:
     source, out = source.contiguous(), source.new_empty(_shape(source, row_copies, col_copies))
     rows, cols, col_copies = (*source.shape, col_copies) if source.dim() == 2 else (1, len(source), 1)
-    csrc("grow")(
-        int(source.dtype == torch.bfloat16), pointer(source), pointer(out), c_int64(rows), c_int64(cols),
-        c_int64(row_copies), c_int64(col_copies), c_double(0.0 if noise_db is None else _half_range(noise_db)),
-        int(noise_db is not None), c_uint64(key), torch.get_num_threads(),
-    )  # fmt: skip
+    half = None if noise_db is None else half_range(noise_db)
+    target = raw.Target(data=out.data_ptr())
+    raw.grow(_raw(source), target, rows, cols, row_copies, col_copies, col_copies, half, key)
     return out
 
 
@@ -131,7 +126,7 @@ def grow_triton(source: Tensor, row_copies: int, col_copies: int, noise_db: floa
     if out.numel():
         launch = Launch.of(cols, 2048 if noise else 4096)  # the hash needs registers
         _grow_kernel[launch.grid(rows, cols)](
-            source, out, key, rows, cols, row_copies, col_copies, 0.0 if noise_db is None else _half_range(noise_db),
+            source, out, key, rows, cols, row_copies, col_copies, 0.0 if noise_db is None else half_range(noise_db),
             NOISE=noise, ROWS=launch.rows, COLS=launch.cols, num_warps=4, enable_fp_fusion=False,  # the reference's roundings
         )  # fmt: skip
     return out
@@ -161,9 +156,9 @@ def _remap_csrc(source: Tensor, rows: Tensor, cols: Tensor, scale: Tensor | None
     source, rows, cols = source.contiguous(), rows.contiguous(), cols.contiguous()
     scale = None if scale is None else scale.contiguous()
     out = source.new_empty(len(rows), len(cols))
-    csrc("remap")(
-        int(source.dtype == torch.bfloat16), pointer(source), pointer(out), c_int64(source.shape[1]), pointer(rows),
-        c_int64(len(rows)), pointer(cols), c_int64(len(cols)), pointer(scale), torch.get_num_threads(),
+    raw.remap(
+        _raw(source), raw.Target(data=out.data_ptr()), source.shape[1], rows.data_ptr(), len(rows), cols.data_ptr(),
+        len(cols), None if scale is None else scale.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -235,16 +230,3 @@ def remap(source: Tensor, rows: Tensor, cols: Tensor, scale: Tensor | None = Non
     if scale is not None and (scale.shape != cols.shape or scale.dtype not in (torch.float32, wide(source.dtype))):
         raise ValueError(f"remap takes one fp32 scale per column, got {tuple(scale.shape)} {scale.dtype}")
     return _remap(source, rows, cols, scale)
-
-
-def check_noise(noise_db: float | None) -> None:
-    """Raise HyperLlamaError when the noise is no number or too loud to keep the pairs' sums exact."""
-    if noise_db is not None and not noise_db >= MIN_NOISE_DB:
-        raise HyperLlamaError(
-            f"noise of {noise_db} dB is too loud: at least {MIN_NOISE_DB} dB keeps the function exact"
-        )
-
-
-def noise_key(seed: int, name: str) -> int:
-    """The key of a tensor's noise."""
-    return key_of("grow", seed, name)

@@ -26,19 +26,17 @@ bit for bit the reference but for the last bits of the fp64 sums.
 """
 
 from collections.abc import Sequence
-from ctypes import c_double, c_int, c_int64, c_uint64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import choose, csrc, define, pointer
+from hyperllama.kernels.backend import choose, define, pointer
 from hyperllama.kernels.counter import signed, uniform
 from hyperllama.kernels.merge_triton import gram_triton, linear_triton, task_vectors_triton
+from hyperllama.kernels.raw import RESCALE, SMALLEST_DIVISOR, Calls, Raw, Target, task_divisor
 
-SMALLEST_DIVISOR = 1e-8
 SMALLEST_L1 = 1e-7
-RESCALE = ("none", "density", "norm")
 CSRC_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 1 << 18  # elements of each tensor that the reference of gram widens at a time
 
@@ -72,11 +70,6 @@ def _check_trim(tensors: Sequence[Tensor], densities: Sequence[float], keys: Seq
         raise ValueError(f"densities must be between 0 and 1, got {list(densities)}")
     if rescale not in RESCALE:
         raise ValueError(f"rescale is {rescale!r}, one of {', '.join(RESCALE)} was expected")
-
-
-def _task_divisor(weights: Sequence[float]) -> float:
-    total = sum(weights)
-    return total if abs(total) >= SMALLEST_DIVISOR else 1.0
 
 
 def linear_reference(
@@ -157,7 +150,7 @@ def task_arithmetic_reference(
         mask, scale = _trim(delta, i, densities, keys, rescale)
         total += _product(delta, mask, scale * weight)
     if normalize:
-        total /= _task_divisor(weights)
+        total /= task_divisor(weights)
     return total.mul_(lam).add_(base).to(out_dtype)
 
 
@@ -213,25 +206,19 @@ def gram_reference(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _csrc_inputs(tensors: Sequence[Tensor], base: Tensor | None) -> tuple[list[Tensor], Any, Any]:
-    """Contiguous models, then the base; their pointers, null for no base; and their dtypes."""
-    held = [tensor.contiguous() for tensor in (*tensors, *([] if base is None else [base]))]
-    pointers = (c_void_p * (len(tensors) + 1))(*[tensor.data_ptr() for tensor in held])
-    dtypes = (c_int * (len(tensors) + 1))(*[CSRC_DTYPES.index(tensor.dtype) for tensor in held])
-    return held, pointers, dtypes
+def _raw(tensors: Sequence[Tensor]) -> list[Raw]:
+    return [Raw(t.data_ptr(), str(t.dtype).removeprefix("torch."), t.numel()) for t in tensors]
 
 
 def _merge_csrc(
     base: Tensor | None, tensors: Sequence[Tensor], weights: Sequence[float], densities: Sequence[float],
     keys: Sequence[int], lam: float, normalize: bool, rescale: str, out_dtype: torch.dtype, elect: bool, divisor: float,
 ) -> Tensor:  # fmt: skip
-    _held, pointers, dtypes = _csrc_inputs(tensors, base)
-    out, count = torch.empty(tensors[0].shape, dtype=out_dtype), len(tensors)
-    csrc("merge")(
-        pointers, dtypes, c_int64(count), c_int64(out.numel()), (c_double * count)(*weights),
-        (c_double * count)(*densities), (c_uint64 * count)(*keys), 2 if keys else int(bool(densities)),
-        RESCALE.index(rescale), int(elect), int(normalize), c_double(divisor), c_double(lam), pointer(out),
-        CSRC_DTYPES.index(out_dtype), torch.get_num_threads(),
+    held = [tensor.contiguous() for tensor in (*tensors, *([] if base is None else [base]))]
+    raw, out = _raw(held), torch.empty(tensors[0].shape, dtype=out_dtype)
+    Calls(None if base is None else raw[-1], raw[: len(tensors)]).merge(
+        Target(data=out.data_ptr()), str(out_dtype).removeprefix("torch."), weights=weights, divisor=divisor,
+        densities=densities, keys=keys, lam=lam, normalize=normalize, rescale=rescale, elect=elect,
     )  # fmt: skip
     return out
 
@@ -247,7 +234,7 @@ def _task_arithmetic_csrc(
     base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], densities: Sequence[float], keys: Sequence[int],
     lam: float, normalize: bool, rescale: str, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    divisor = _task_divisor(weights) if normalize else 1.0
+    divisor = task_divisor(weights) if normalize else 1.0
     return _merge_csrc(base, tensors, weights, densities, keys, lam, normalize, rescale, out_dtype, False, divisor)
 
 
@@ -259,16 +246,14 @@ def _ties_csrc(
 
 
 def _gram_csrc(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
-    held, pointers, dtypes = _csrc_inputs(tensors, base)
-    out = torch.empty(len(tensors), len(tensors), dtype=torch.float64)
-    csrc("merge_gram")(
-        pointers, dtypes, c_int64(len(tensors)), c_int64(held[0].numel()), pointer(out), torch.get_num_threads()
-    )
+    held = [tensor.contiguous() for tensor in (*tensors, *([] if base is None else [base]))]
+    raw, out = _raw(held), torch.empty(len(tensors), len(tensors), dtype=torch.float64)
+    Calls(None if base is None else raw[-1], raw[: len(tensors)]).gram(pointer(out))
     return out
 
 
 def _task_arithmetic_triton(base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], *options: Any) -> Tensor:
-    divisor = _task_divisor(weights)
+    divisor = task_divisor(weights)
     return task_vectors_triton(base, tensors, weights, *options, elect=False, divisor=divisor)
 
 

@@ -168,7 +168,7 @@ def test_growth_methods_and_symmetry(run, refuse, model, tmp_path):
     quantum = deep["shared_quantum"]
     assert quantum["windows_grown"] * deep["dense_flops_per_window"]["after"] == quantum["flops"]
     said = run("grow", model, tmp_path / "stack", "--method", "stack").out
-    assert "NOT preserved (stack does not keep it; checked: all logits are finite)" in said
+    assert "NOT preserved: stack does not keep it; checked: all weights are finite" in said
     assert run("grow", model, tmp_path / "third", "--factor", 3, "--dyadic", "--json").json["verified"]["preserved"]
 
     rows = run("symmetry", tmp_path / "third", "--factor", 3, "--json").json
@@ -186,7 +186,8 @@ def test_grow_merge_eval_generate_and_runs(run, model, study, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "base")
     assert run("grow", "base", "big", "--dry-run", "--json").json["writes"] == "big" and not Path("big").exists()
-    assert "function preserved" in run("grow", "base", "big", "--noise-db", 10, "--seed", 3).out
+    said = run("grow", "base", "big", "--noise-db", 10, "--seed", 3, "--logits").out
+    assert "function preserved" in said and "largest logit difference on" in said
     assert run("grow", "base", "plain", "--json").json["verified"]["preserved"]
 
     merge = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in ("big", "plain")]}

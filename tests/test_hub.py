@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hyperllama import hub
+from hyperllama import weights
 from hyperllama.arena import Arena
 from hyperllama.errors import HyperLlamaError
 from hyperllama.hub import folded, hf_config, model_config, open_folder, read_weights, write_folder
@@ -86,7 +86,7 @@ def test_config_keys_of_older_transformers_are_read():
 
 @dtypes
 def test_shards_are_cut_at_the_limit_and_read_by_both(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 10_000)
     model = random_model(shape(tie_embeddings=False), dtype)
     path = write(model, tmp_path / "model")
     shards = sorted(path.glob("*.safetensors"))
@@ -202,7 +202,7 @@ def test_tensors_that_do_not_fit_the_config_are_refused_by_name(changes, parts, 
 
 
 def test_missing_and_damaged_files_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 10_000)
     model = random_model(shape(), torch.float32)
 
     def broken(name: str) -> Path:

@@ -40,8 +40,8 @@ from hyperllama.hub import folder_hashes, model_config, open_folder
 from hyperllama.merge.executor import run as run_merge
 from hyperllama.merge.planner import plan as plan_merge
 from hyperllama.merge.recipe import read_recipe
+from hyperllama.progress import console, progress_bar
 from hyperllama.train.loop import train
-from hyperllama.train.metrics import console, progress_bar
 
 SAMPLE = (
     "built-in sample sentences in six languages: text to try the software on, which says nothing about real languages"
@@ -204,8 +204,11 @@ class Study:
                 self.folder(arm.start),
                 self.out / "clones" / arm.id,
                 [HyperClone(self.config.factor, seed=self.config.seed, noise_db=self.config.noise_db)],
+                logits=True,
             )
-            self.say(f"{label}: grown, largest logit difference {result['verified']['max_logit_difference']:.2g}")
+            self.say(
+                f"{label}: grown, largest logit difference {result['verified']['logits']['max_logit_difference']:.2g}"
+            )
 
     def merge(self, method: str, family: str) -> str:
         """Merge the language models of a family onto their true parent; returns the merge's id."""

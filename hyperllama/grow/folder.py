@@ -1,35 +1,51 @@
-"""Growing a Hugging Face folder into a new one: planned, grown, verified, written. The operators are in operators.py."""
+"""Growing a Hugging Face folder into a new one: planned, grown tensor by tensor, verified, written. Operators are in operators.py.
+
+One operator on weights in fp32 or bf16 is a call of csrc from the memory map to the tensor's place in a file, and needs neither
+torch nor memory for a tensor. Operators in turn, new tokens, rows from the layer above and other dtypes take torch and a few of
+the largest tensors.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from math import isfinite
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from math import isfinite, prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from hyperllama.arena import Arena
-from hyperllama.dtypes import common_dtype
+from hyperllama import __version__
+from hyperllama.dtypes import BYTES, common_dtype
 from hyperllama.errors import HyperLlamaError
-from hyperllama.files import check_free
+from hyperllama.files import check_free, check_room
 from hyperllama.flops import Ledger, shared_quantum, window_flops
-from hyperllama.grow.operators import GrowVocabulary, Operator, grown_config
-from hyperllama.grow.tensors import grow_through
+from hyperllama.grow.operators import Operator, TensorMap, grown_config
+from hyperllama.grow.verify import Gap, compare_logits, gap, report
 from hyperllama.hub import (
     Folder,
-    folded,
-    folder_hashes,
+    FolderWriter,
+    check_weights,
+    factor_is_folded,
     hf_config,
     model_config,
     open_folder,
-    read_weights,
-    write_folder,
+    origin,
+    stamps,
+    streamed_folder,
 )
-from hyperllama.kernels.grow import check_noise
-from hyperllama.model import Llama
-from hyperllama.names import logical_tensors
+from hyperllama.kernels import raw
+from hyperllama.kernels.hashing import Bytes, hash_bytes
+from hyperllama.kernels.native import library
+from hyperllama.names import FINAL_NORM, logical_tensors
+from hyperllama.weights import NewTensor, hex_hash, narrowed, widened
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperllama.model import Llama
+
+KERNEL_DTYPES = ("float32", "bfloat16")
 
 
 def plan_growth(path: str | Path, operators: Sequence[Operator]) -> dict[str, Any]:
@@ -38,7 +54,7 @@ def plan_growth(path: str | Path, operators: Sequence[Operator]) -> dict[str, An
     `shared_quantum`: both models can spend its multiples exactly (see flops.py).
     """
     for operator in operators:
-        check_noise(getattr(operator, "noise_db", None))
+        raw.check_noise(getattr(operator, "noise_db", None))
     folder = open_folder(path)
     small = model_config(folder.config, folder.path)
     large = grown_config(operators, small)
@@ -49,6 +65,7 @@ def plan_growth(path: str | Path, operators: Sequence[Operator]) -> dict[str, An
         "growth": [operator.describe() for operator in operators],
         "model": large.model_dump(),
         "parameters": {"before": small.num_parameters, "after": large.num_parameters},
+        "bytes": sum(prod(tensor.shape) for tensor in logical_tensors(large)) * BYTES[_dtype(folder)],
         "seq_len": seq_len,
         "dense_flops_per_window": costs,
         "dense_flops_per_token": {key: cost // seq_len for key, cost in costs.items()},
@@ -62,68 +79,233 @@ def plan_growth(path: str | Path, operators: Sequence[Operator]) -> dict[str, An
     }
 
 
+def check_output(plan: dict[str, Any], out: str | Path) -> None:
+    """Raise HyperLlamaError when something is at `out`, or its disk has no room for what is planned."""
+    check_free(out)
+    check_room(out, plan["bytes"])
+
+
 def grow_folder(
     path: str | Path,
     out: str | Path,
     operators: Sequence[Operator],
     *,
     tokenizer: Path | None = None,
+    logits: bool = False,
+    sync: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Grow the model in a Hugging Face folder by `operators` in turn into a new folder, and verify the result.
 
-    `tokenizer`: file or folder of a grown vocabulary's tokenizer; default: the old one's.
+    `tokenizer`: file or folder of a grown vocabulary's tokenizer; default: the old one's. `logits`: verify by logits too, which
+    takes the memory of both models in fp32. `sync`: see files.atomic_folder. What a killed process left is gone on with.
     Growing costs no FLOPs; the new card's ledger inherits the small model's. Returns the plan with the verification's figures.
-    Raises HyperLlamaError, with nothing written, when the input is not a Llama, when logits are not finite, or when operators that
-    keep the function without rounding a weight did not keep it. Where weights are rounded the figures say by how much that tells.
+    Raises HyperLlamaError, with nothing written, when the input is not a Llama or not what its card says, when a weight is not
+    finite, or when operators that keep the function without rounding a weight did not keep it. Where weights are rounded the
+    figures say by how much that tells.
     """
-    check_free(out)
     plan = plan_growth(path, operators)
+    check_output(plan, out)
     folder = open_folder(path)
-    small = _load(folder)
-    config, maps = small.config, []
-    for operator in operators:
-        maps.append(operator.tensors(config))
-        config = operator.grown(config)
-    large = Llama(config, Arena(config, small.arena.dtype, "cpu", training=False))
-    sources, targets = small.arena.logical("weights"), large.arena.logical("weights")
-    for done, tensor in enumerate(logical_tensors(config)):
-        targets[tensor.name].copy_(grow_through(maps, tensor.name, sources.__getitem__))
-        if progress:
-            progress(done + 1, len(targets))
-    report = verify(small, large, operators)
-    claimed = all(operator.preserves and operator.exact for operator in operators)
-    if not isfinite(report["max_logit_difference"]) or (claimed and not report["preserved"]):
-        raise HyperLlamaError(
-            f"growing {path} changed its function: logits differ by up to {report['max_logit_difference']:.3g}; nothing was written"
-        )
-    write_folder(
-        out,
-        hf_config(config, small.arena.dtype),
-        _tensors(large),
-        _card(folder, plan["growth"]),
-        tokenizer_from=tokenizer or folder.path,
-    )
-    return {**plan, "verified": report}
-
-
-def _load(folder: Folder) -> Llama:
-    """The folder's model in the dtype that holds all of its weights, on the CPU."""
     config = model_config(folder.config, folder.path)
-    dtype = getattr(torch, common_dtype(folder.dtype(name) for name in folder.names))
-    arena = Arena(config, dtype, "cpu", training=False)
+    check_weights(folder, config, {tensor.name: tensor.shape for tensor in logical_tensors(config)})
+    growth = _Growth(folder, operators)
+    gaps: list[Gap] = []
+    with streamed_folder(out, growth.tensors, _job(folder, operators), sync=sync) as writer:
+        for done, tensor in enumerate(growth.tensors):
+            if tensor.name not in writer.done:
+                growth.write(tensor, writer)
+            note = writer.done[tensor.name]
+            growth.hashes |= note["reads"]
+            gaps += [Gap(*pair) for pair in note["gaps"]]
+            if progress:
+                progress(done + 1, len(growth.tensors))
+        verified = report(gaps, operators, growth.dtype)
+        if verified["claimed"] and not verified["rounded"] and not verified["preserved"]:
+            raise _changed(
+                path, f"sums of copies differ by up to {verified['max_difference']:.3g} of the largest weight"
+            )
+        card = _card(folder, plan["growth"], growth.hashes)
+        writer.complete(hf_config(growth.config, growth.dtype), card, tokenizer or folder.path)
+        if logits:
+            verified["logits"] = compare_logits(_load(folder), _load(open_folder(writer.folder)), operators)
+            difference = verified["logits"]["max_logit_difference"]
+            exact = verified["claimed"] and not verified["rounded"]
+            if not isfinite(difference) or (exact and not verified["logits"]["preserved"]):
+                raise _changed(path, f"logits differ by up to {difference:.3g}")
+    return {**plan, "verified": verified}
+
+
+def _changed(path: str | Path, how: str) -> HyperLlamaError:
+    return HyperLlamaError(f"growing {path} changed its function: {how}; nothing was written")
+
+
+def _dtype(folder: Folder) -> str:
+    """The dtype that holds all of a folder's weights."""
+    return common_dtype(folder.dtype(name) for name in folder.names)
+
+
+def _job(folder: Folder, operators: Sequence[Operator]) -> str:
+    """What names this work: one that a killed process left is gone on with when all of it is still the same."""
+    settings = [[type(operator).__name__, asdict(operator)] for operator in operators]
+    text = json.dumps([__version__, str(folder.path), stamps(folder), settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Growth:
+    """A folder's weights, in the dtype that holds all of them and without a folded head factor, and how they grow."""
+
+    def __init__(self, folder: Folder, operators: Sequence[Operator]):
+        self.folder, self.dtype = folder, _dtype(folder)
+        self.config = small = model_config(folder.config, folder.path)
+        self.factor = small.lm_head_normalization_factor if factor_is_folded(folder.config) else 1.0
+        self.maps: list[dict[str, TensorMap]] = []
+        for operator in operators:
+            self.maps.append(operator.tensors(self.config))
+            self.config = operator.grown(self.config)
+        self.tensors = [NewTensor(tensor.name, self.dtype, tensor.shape) for tensor in logical_tensors(self.config)]
+        self.hashes: dict[str, str] = {}
+
+    def write(self, tensor: NewTensor, writer: FolderWriter) -> None:
+        """Grow one tensor into its place, and note what was read and its gap."""
+        name, how = tensor.name, self.maps[-1][tensor.name]
+        read = [how.source, *([how.upper] if how.upper else [])] if len(self.maps) == 1 else []
+        if len(self.maps) > 1 or how.pieces is not None or how.upper is not None:
+            digest, gaps, read = self._by_torch(name, writer)
+        elif how.zero:
+            read, gaps, digest = [], [], writer.write(name, np.zeros(tensor.n_bytes, np.uint8))
+        elif how.cols is None:
+            digest, gaps = self._vector(name, how, writer)
+        elif self.dtype in KERNEL_DTYPES and self.folder.dtype(how.source) == self.dtype and library():
+            digest, gaps = self._matrix(name, how, writer)
+        else:
+            digest, gaps, read = self._by_torch(name, writer)
+        for source in read:
+            self.hashes.setdefault(source, hex_hash(hash_bytes(self.folder.bytes(source))))
+            self.folder.check_hash(source, self.hashes[source])
+        writer.finish(name, digest, gaps=gaps, reads={source: self.hashes[source] for source in read})
+
+    def _finite(self, name: str, finite: bool) -> None:
+        if not finite:
+            raise HyperLlamaError(f"growing {self.folder.path}: tensor {name} has NaN or infinity; nothing was written")
+
+    def _values(self, name: str) -> np.ndarray[Any, Any]:
+        """An old tensor, flat, in fp32 or fp64, with the values it has in the common dtype."""
+        stored = self.folder.dtype(name)
+        values = widened(self.folder.bytes(name), stored)
+        if name == FINAL_NORM and self.factor != 1.0:
+            values = values * np.float32(self.factor)
+        return widened(narrowed(values, self.dtype), self.dtype)
+
+    def _vector(self, name: str, how: TensorMap, writer: FolderWriter) -> tuple[str, list[Gap]]:
+        """Norms: gathered, times their gain."""
+        source = self._values(how.source)
+        grown = source[how.rows.index()]
+        if how.gain is not None:
+            grown = grown * (how.gain * how.rows.share()).astype(grown.dtype)
+        grown = widened(narrowed(grown, self.dtype), self.dtype)
+        self._finite(name, bool(np.isfinite(grown).all()))
+        return writer.write(name, self._stored(name, grown)), [gap(how, source, grown)]
+
+    def _stored(self, name: str, values: np.ndarray[Any, Any]) -> Bytes:
+        """What goes to the file: a head factor folded into the final norm."""
+        factor = self.config.lm_head_normalization_factor
+        return narrowed(
+            values / values.dtype.type(factor) if name == FINAL_NORM and factor != 1.0 else values, self.dtype
+        )
+
+    def _matrix(self, name: str, how: TensorMap, writer: FolderWriter) -> tuple[str, list[Gap]]:
+        """Tiles and gathers, from map to file; then the file's own bytes against the sums that they should have."""
+        assert how.cols is not None  # a matrix
+        source, target = self.folder.raw(how.source), writer.target(name)
+        height, width = self.folder.shape(how.source)
+        rows, tiles = how.rows.index(), how.rows.even_tiles and how.cols.even_tiles
+        cols = how.cols.index()
+        if tiles:
+            half = None if how.noise_db is None or how.outputs or how.cols.copies < 2 else raw.half_range(how.noise_db)
+            divisor = 1 if how.outputs else how.cols.copies
+            raw.grow(
+                source,
+                target,
+                height,
+                width,
+                how.rows.copies,
+                how.cols.copies,
+                divisor,
+                half,
+                raw.noise_key(how.seed, name),
+            )
+        else:
+            scale = np.ascontiguousarray(np.ones(len(cols)) if how.outputs else how.cols.share(), np.float32)
+            raw.remap(
+                source, target, width, rows.ctypes.data, len(rows), cols.ctypes.data, len(cols), scale.ctypes.data
+            )
+        self._finite(name, bool(target.finite))
+        content, digest = writer.content(name)
+        if digest != hex_hash(target.hash):
+            raise HyperLlamaError(f"tensor {name} was not written as it was grown: the disk or its memory is at fault")
+        grown = raw.Raw(content.ctypes.data, self.dtype, len(content) // BYTES[self.dtype])
+        if how.outputs and not tiles:
+            return digest, [
+                gap(
+                    how,
+                    widened(self.folder.bytes(how.source), self.dtype).reshape(height, width),
+                    widened(content, self.dtype).reshape(len(rows), -1),
+                )
+            ]
+        if how.outputs:  # every copy is whole: the matrix of (rows, copies) rows
+            rows = np.repeat(rows, how.cols.copies)
+        difference = raw.unfold(
+            source, grown, width, rows.ctypes.data, len(rows), None if tiles else cols.ctypes.data,
+            width if how.outputs else len(cols),
+        )  # fmt: skip
+        return digest, [Gap(*difference)]
+
+    def _by_torch(self, name: str, writer: FolderWriter) -> tuple[str, list[Gap], list[str]]:
+        """Any operators in turn, on tensors in memory."""
+        import torch
+
+        from hyperllama.grow.tensors import grow_through
+
+        gaps: list[Gap] = []
+        read: list[str] = []
+
+        def check(how: TensorMap, source: "Tensor", grown: "Tensor") -> None:
+            if how.upper is None:
+                gaps.append(gap(how, source.to(torch.float64).numpy(), grown.to(torch.float64).numpy()))
+
+        def old(source: str) -> "Tensor":
+            read.append(source)
+            values = torch.from_numpy(self._values(source)).reshape(self.folder.shape(source))
+            return values.to(getattr(torch, self.dtype))
+
+        grown = grow_through(self.maps, name, old, check)
+        self._finite(name, bool(torch.isfinite(grown).all()))
+        if name == FINAL_NORM:
+            wide = torch.promote_types(grown.dtype, torch.float32)
+            grown = (grown.to(wide) / self.config.lm_head_normalization_factor).to(grown.dtype)
+        content = grown.contiguous().reshape(-1).view(torch.uint8).numpy()
+        return writer.write(name, content), gaps, sorted(set(read))
+
+
+def _load(folder: Folder) -> "Llama":
+    """The folder's model in the dtype that holds all of its weights, on the CPU."""
+    import torch
+
+    from hyperllama.arena import Arena
+    from hyperllama.hub import read_weights
+    from hyperllama.model import Llama
+
+    config = model_config(folder.config, folder.path)
+    arena = Arena(config, getattr(torch, _dtype(folder)), "cpu", training=False)
     read_weights(folder, config, arena.logical("weights"))
     return Llama(config, arena)
 
 
-def _tensors(model: Llama) -> Iterator[tuple[str, Tensor]]:
-    yield from folded(model.config, model.arena.logical("weights").items(), model.arena.dtype)
-
-
-def _card(folder: Folder, growth: list[dict[str, Any]]) -> dict[str, Any]:
+def _card(folder: Folder, growth: list[dict[str, Any]], hashes: dict[str, str]) -> dict[str, Any]:
     parent = folder.card
-    made_from = [{"path": str(folder.path), "sha256": folder_hashes(folder)}]
-    digest = hashlib.sha256(json.dumps([growth, made_from[0]["sha256"]], sort_keys=True).encode()).hexdigest()
+    made_from = [origin(str(folder.path), folder, hashes)]
+    digest = hashlib.sha256(json.dumps([growth, made_from[0]], sort_keys=True).encode()).hexdigest()
     ledger = Ledger.child(f"grow-{digest[:12]}", folder.ledgers)
     return {
         "kind": "grow",
@@ -132,48 +314,3 @@ def _card(folder: Folder, growth: list[dict[str, Any]]) -> dict[str, Any]:
         "made_from": made_from,
         "growth": [*parent.get("growth", []), *growth],
     }
-
-
-@torch.no_grad()
-def verify(
-    small: Llama, large: Llama, operators: Sequence[Operator], *, windows: int = 2, seq_len: int = 64
-) -> dict[str, Any]:
-    """Compare the logits of both models on random tokens that both know, weights as stored, arithmetic in fp32.
-
-    `claimed`: whether the operators keep the function; where they do not, the figures only show finite logits and how far they
-    moved. `rounded`: whether they round weights, which moves the logits of a model in 16 bits. `preserved`: a largest difference
-    of at most 1e-4 of the largest logit, a few hundred roundings of fp32.
-    """
-    config = small.config
-    seq_len = min(seq_len, config.max_position_embeddings)
-    before = after = torch.arange(config.unpadded_vocab_size or config.vocab_size)
-    for operator in operators:
-        if isinstance(operator, GrowVocabulary):
-            new_id = {ids[0]: i for i, ids in enumerate(operator.pieces) if len(ids) == 1}
-            kept = torch.tensor([int(i) in new_id for i in after])
-            before = before[kept]
-            after = torch.tensor([new_id[int(i)] for i in after[kept]], dtype=torch.int64)
-    if not len(before):
-        raise HyperLlamaError("the new vocabulary keeps no token of the old one: there is nothing to verify")
-    drawn = torch.randint(len(before), (windows, seq_len), generator=torch.Generator().manual_seed(0))
-    logits = [
-        model.logits(model(tokens[drawn]))[..., tokens]
-        for model, tokens in ((_fp32(small), before), (_fp32(large), after))
-    ]
-    difference, largest = float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
-    return {
-        "tokens": drawn.numel(),
-        "claimed": all(operator.preserves for operator in operators),
-        "rounded": not all(operator.exact for operator in operators),
-        "max_logit_difference": difference,
-        "max_logit": largest,
-        "preserved": difference <= 1e-4 * max(largest, 1e-3),
-    }
-
-
-def _fp32(model: Llama) -> "Llama":
-    if model.arena.dtype == torch.float32:
-        return model
-    arena = Arena(model.config, torch.float32, "cpu", training=False)
-    arena.weights.copy_(model.arena.weights)
-    return Llama(model.config, arena)

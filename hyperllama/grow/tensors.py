@@ -15,9 +15,11 @@ from hyperllama.arena import Arena, Role
 from hyperllama.errors import HyperLlamaError
 from hyperllama.grow.operators import Array, Operator, TensorMap
 from hyperllama.kernels.backend import wide
-from hyperllama.kernels.grow import grow, noise_key, remap
+from hyperllama.kernels.grow import grow, remap
+from hyperllama.kernels.raw import noise_key
 
 Read = Callable[[str], Tensor]
+Check = Callable[[TensorMap, Tensor, Tensor], None]
 Kind = Literal["weights", "m", "v"]
 
 
@@ -46,12 +48,24 @@ def grow_tensor(name: str, how: TensorMap, read: Read, kind: Kind = "weights") -
     return _gather(how, source, read, np.ones(len(how.rows)), cols)
 
 
-def grow_through(maps: Sequence[dict[str, TensorMap]], name: str, read: Read) -> Tensor:
-    """The weight `name` after several operators in turn; `maps` are theirs, first to last, `read` gives the old weights."""
+def grow_through(maps: Sequence[dict[str, TensorMap]], name: str, read: Read, check: Check | None = None) -> Tensor:
+    """The weight `name` after several operators in turn; `maps` are theirs, first to last, `read` gives the old weights.
+
+    check: called with every map, the tensor it was applied to and the one that came out.
+    """
     if not maps:
         return read(name)
     *before, last = maps
-    return grow_tensor(name, last[name], lambda source: grow_through(before, source, read))
+    sources: dict[str, Tensor] = {}
+
+    def old(source: str) -> Tensor:
+        sources[source] = grow_through(before, source, read, check)
+        return sources[source]
+
+    grown = grow_tensor(name, last[name], old)
+    if check is not None:
+        check(last[name], sources[last[name].source], grown)
+    return grown
 
 
 @torch.no_grad()

@@ -1,105 +1,107 @@
-"""Carries out merge steps tensor by tensor: from folders to a folder, or between models in memory."""
+"""Carries out the merge of a plan from folders to a folder: tensor after tensor, from memory maps straight to its place in a file.
+
+What is an op of csrc runs there, on every core, and its result goes to the file through a buffer in a core's cache: no tensor is
+ever in memory. Peak anonymous memory is that of the search for thresholds: at most 16 MB per model and thread, and 16 bytes per
+model and 1024 elements of a tensor; the inputs' pages are the kernel's to keep or drop. Methods and dtypes that are no op of csrc
+(see methods.py; breadcrumbs, DELLA, `compat`, fp64) run in torch on whole tensors: a few copies, in fp32, of the largest one.
+
+The pass that reads a tensor first also hashes it (kernels/hashing.py). The hashes of what was read are in the card's `made_from`,
+those of what was written in its `weights`; one that is not what an input's own card says is an error.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from ctypes import byref, c_double
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from hyperllama import __version__
 from hyperllama.errors import HyperLlamaError
-from hyperllama.files import check_free
+from hyperllama.files import check_free, check_room
 from hyperllama.flops import Ledger
-from hyperllama.hub import Folder, folder_hashes, write_folder
-from hyperllama.kernels import merge as kernels
+from hyperllama.hub import Folder, FolderWriter, origin, stamps, streamed_folder
+from hyperllama.kernels.hashing import hash_bytes
+from hyperllama.kernels.native import library
+from hyperllama.kernels.raw import DTYPES, Calls, task_divisor
 from hyperllama.merge.methods import Call, TensorCall
 from hyperllama.merge.planner import Plan
-from hyperllama.merge.recipe import Recipe
-from hyperllama.merge.steps import Step, tensor_steps
-from hyperllama.names import HEAD
+from hyperllama.merge.steps import Input, Step
+from hyperllama.weights import NewTensor, hex_hash
 
 Progress = Callable[[int, int], None]
+Hashes = dict[str, dict[str, str]]
+"""Model -> tensor -> hash."""
+
+AHEAD = 64 << 20  # bytes of each of the next tensors that are asked from the disk while this one is merged
 
 
-class _InMemory:
-    """Named tensors as a TensorSource."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors = tensors
-        self.names = sorted(tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> str:
-        return str(self._tensors[name].dtype).removeprefix("torch.")
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+def _is_op(call: Call | TensorCall) -> bool:
+    """Whether a call is one of csrc's ops."""
+    return isinstance(call, Call) and call.working is None and not call.gammas and not call.epsilons
 
 
-def _merged(step: Step, sources: Mapping[str, "_InMemory | Folder"]) -> Tensor:
-    tensors = [sources[read.model].tensor(read.tensor) for read in step.inputs]
-    base = None if step.base is None else sources[step.base.model].tensor(step.base.tensor)
-    result = _combine(step.call, base, tensors, getattr(torch, step.dtype))
-    if not torch.isfinite(result).all():
-        models = ", ".join(read.model for read in step.reads)
-        raise HyperLlamaError(f"tensor {step.name} merged from {models} has NaN or infinity as {step.dtype}")
-    return result
-
-
-def _combine(call: Call | TensorCall, base: Tensor | None, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    from hyperllama.merge import elementwise
-
-    if isinstance(call, TensorCall):
-        return elementwise.run(call, base, tensors).to(dtype)
+def _merge(step: Step, folders: dict[str, Folder], writer: FolderWriter) -> Hashes:
+    """Carry out a step into its place; returns the hashes of the tensors it read."""
+    call = step.call
+    dtypes = {step.dtype, *(folders[read.model].dtype(read.tensor) for read in step.reads)}
+    if not _is_op(call) or not dtypes <= set(DTYPES) or library() is None:
+        return _merge_in_memory(step, folders, writer)
+    assert isinstance(call, Call)
+    inputs = [folders[read.model].raw(read.tensor) for read in step.inputs]
+    base = None if step.base is None else folders[step.base.model].raw(step.base.tensor)
+    calls = Calls(base, inputs)
+    hashed = call.coefficients is None
     if call.coefficients is not None:
-        call = call.weighted(kernels.gram(base, tensors).tolist())
-    elif call.working is not None:
-        return elementwise.rounded(call, base, tensors).to(dtype)
-    elif call.gammas or call.epsilons:
-        return elementwise.trimmed(call, base, tensors).to(dtype)
-    if call.op == "linear":
-        return kernels.linear(tensors, call.weights, call.normalize, dtype)
-    assert base is not None  # the plan has one for every method on differences
-    options: dict[str, Any] = {
-        "lam": call.lam,
-        "normalize": call.normalize,
-        "densities": call.densities,
-        "keys": call.keys,
-        "rescale": call.rescale,
-        "out_dtype": dtype,
-    }
-    return (kernels.ties if call.op == "ties" else kernels.task_arithmetic)(base, tensors, call.weights, **options)
+        gram = ((c_double * calls.count) * calls.count)()
+        calls.gram(byref(gram), hashed=True)
+        call = call.weighted([list(row) for row in gram])
+    target = writer.target(step.name)
+    divisor = 1.0
+    if call.normalize and call.op == "linear":
+        divisor = sum(call.weights)
+    elif call.normalize and call.op == "task_arithmetic":
+        divisor = task_divisor(call.weights)
+    calls.merge(
+        target, step.dtype, weights=call.weights, divisor=divisor, densities=call.densities, keys=call.keys, lam=call.lam,
+        normalize=call.normalize, rescale=call.rescale, elect=call.op == "ties", hashed=hashed,
+    )  # fmt: skip
+    if not target.finite:
+        raise step.not_finite()
+    hashes: Hashes = {}
+    for read, value in zip(step.reads, calls.hashes, strict=False):
+        hashes.setdefault(read.model, {})[read.tensor] = hex_hash(value)
+    writer.finish(step.name, hex_hash(target.hash), reads=hashes)
+    return hashes
 
 
-def merge_tensors(recipe: Recipe, models: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Merge live models: yields (Hugging Face name, merged tensor) in output order, computed on the inputs' device.
+def _merge_in_memory(step: Step, folders: dict[str, Folder], writer: FolderWriter) -> Hashes:
+    import torch
 
-    models: the name that `recipe` calls a model -> Hugging Face name -> tensor; one without lm_head.weight is tied.
-    Raises HyperLlamaError as `plan` does, before the first tensor; then when a result is not finite.
-    """
-    if missing := [name for name in recipe.model_names if name not in models]:
-        raise HyperLlamaError(f"the recipe names model {missing[0]}, given are {', '.join(models)}")
-    sources = {label: _InMemory(tensors) for label, tensors in models.items()}
-    steps = tensor_steps(recipe, sources, {label for label in models if HEAD not in models[label]})
-    return ((step.name, _merged(step, sources)) for step in steps)
+    from hyperllama.merge.tensors import merged
+
+    result = merged(step, folders).contiguous().reshape(-1).view(torch.uint8).numpy()
+    hashes: Hashes = {}
+    for read in step.reads:
+        content = folders[read.model].bytes(read.tensor)
+        hashes.setdefault(read.model, {})[read.tensor] = hex_hash(hash_bytes(content))
+    writer.finish(step.name, writer.write(step.name, result), reads=hashes)
+    return hashes
 
 
-def _card(plan: Plan) -> dict[str, Any]:
-    """Where the merge comes from: recipe, files, FLOPs of every distinct ancestor run, tokens by language."""
+def _expect(reads: tuple[Input, ...], folders: dict[str, Folder]) -> None:
+    for read in reads:
+        folders[read.model].file(read.tensor).expect(read.tensor, AHEAD)
+
+
+def _card(plan: Plan, hashes: Hashes) -> dict[str, Any]:
+    """Where the merge comes from: recipe, what was read, FLOPs of every distinct ancestor run, tokens by language."""
     made_from: list[dict[str, str]] = []
     ledgers: list[Ledger] = []
     by_model: dict[str, dict[str, int]] = {}
     tokens: dict[str, int] = {}
-    seen: set[int] = set()
-    for label, folder in plan.folders.items():
-        if id(folder) in seen:  # one folder under two spellings of its path
-            continue
-        seen.add(id(folder))
-        made_from += [{"path": f"{label}/{name}", "sha256": digest} for name, digest in folder_hashes(folder).items()]
+    for label, folder in _distinct(plan).items():
+        made_from.append(origin(label, folder, hashes.get(label, {})))
         ledgers += folder.ledgers
         by_model[label] = dict(folder.card.get("token_counts", {}))
         for language, count in by_model[label].items():
@@ -117,40 +119,66 @@ def _card(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _distinct(plan: Plan) -> dict[str, Folder]:
+    """The folders, each under the first spelling of its path."""
+    first: dict[int, str] = {}
+    return {label: folder for label, folder in plan.folders.items() if first.setdefault(id(folder), label) == label}
+
+
 def check_output(plan: Plan, out: Path, overwrite: bool = False) -> None:
-    """Refuse an output folder before any work: one that is taken, or one that the merge reads from."""
+    """Refuse an output folder before any work: one that is taken, that the merge reads from, or without room on its disk."""
     for label, folder in plan.folders.items():
         source = folder.path.resolve()
         if source == out.resolve() or out.resolve() in source.parents:
             raise HyperLlamaError(f"{out} is or holds {label}, a model to merge from: name another output folder")
     if not overwrite:
         check_free(out)
+    check_room(out, plan.bytes_written)
 
 
-def run(plan: Plan, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Merge the plan's folders into the folder `out`, which appears whole or not at all.
+def _job(plan: Plan) -> str:
+    """What names this work: one that a killed process left is gone on with when all of it is still the same."""
+    files = [stamps(folder) for folder in plan.folders.values()]
+    text = json.dumps([__version__, plan.recipe.model_dump(mode="json"), files], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    progress: called after every tensor with the bytes written so far and `plan.bytes_written`.
-    Returns what was done: {"path", "tensors", "bytes_read", "bytes_written", "ledger", "notes"}.
-    Raises HyperLlamaError when `out` exists without `overwrite`, is one of the models, or a result is not finite.
+
+def run(
+    plan: Plan, out: str | Path, *, overwrite: bool = False, sync: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Merge the plan's folders into the folder `out`, which appears whole or not at all; what a killed merge left is gone on with.
+
+    sync: have the disk hold the result before it appears (see files.atomic_folder). progress: called after every tensor with the
+    bytes written so far and `plan.bytes_written`.
+    Returns what was done: {"path", "tensors", "resumed", "bytes_read", "bytes_written", "ledger", "notes"}.
+    Raises HyperLlamaError when `out` exists without `overwrite`, is one of the models, has no room, a result is not finite, or an
+    input is not what its card says.
     """
     out = Path(out)
     check_output(plan, out, overwrite)
-    card = _card(plan)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        done = 0
-        for step in plan.steps:
-            result = _merged(step, plan.folders)
-            yield step.name, result
-            done += result.numel() * result.element_size()
+    tensors = [NewTensor(step.name, step.dtype, step.shape) for step in plan.steps]
+    same = {label: next(k for k, f in plan.folders.items() if f is folder) for label, folder in plan.folders.items()}
+    hashes: Hashes = {}
+    done = 0
+    with streamed_folder(out, tensors, _job(plan), overwrite=overwrite, sync=sync) as writer:
+        resumed = len(writer.done)
+        for i, (step, tensor) in enumerate(zip(plan.steps, tensors, strict=True)):
+            if i + 1 < len(plan.steps):
+                _expect(plan.steps[i + 1].reads, plan.folders)
+            known = writer.done.get(step.name)
+            for label, found in (known["reads"] if known else _merge(step, plan.folders, writer)).items():
+                for name, digest in found.items():
+                    plan.folders[label].check_hash(name, digest)
+                hashes.setdefault(same[label], {}).update(found)
+            done += tensor.n_bytes
             if progress is not None:
                 progress(done, plan.bytes_written)
-
-    write_folder(out, plan.config, tensors(), card, tokenizer_from=plan.tokenizer_from, overwrite=overwrite)
+        card = _card(plan, hashes)
+        writer.complete(plan.config, card, plan.tokenizer_from)
     return {
         "path": str(out),
         "tensors": len(plan.steps),
+        "resumed": resumed,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "ledger": card["ledger"],

@@ -71,6 +71,11 @@ class Step:
             call = replace(call, keys=tuple(key_of(self.seed, self.name, read.model) for read in self.inputs))
         return replace(call, working=self.working)
 
+    def not_finite(self) -> HyperLlamaError:
+        """The error of a result that has NaN or infinity."""
+        models = ", ".join(read.model for read in self.reads)
+        return HyperLlamaError(f"tensor {self.name} merged from {models} has NaN or infinity as {self.dtype}")
+
 
 def _layers(source: TensorSource) -> int:
     found = [int(match[1]) for name in source.names if (match := re.match(r"model\.layers\.(\d+)\.", name))]

@@ -10,8 +10,8 @@ from hyperllama.files import read_json
 from hyperllama.kernels import attention_libraries
 from hyperllama.kernels.attention import BACKENDS, obstacle, unmeasured
 from hyperllama.kernels.attention_choice import Problem, measure, pick, table
+from hyperllama.progress import console
 from hyperllama.train.distributed import Processes
-from hyperllama.train.metrics import console
 from hyperllama.train.plan import Plan
 
 FILE = "attention.json"

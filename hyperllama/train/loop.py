@@ -24,9 +24,10 @@ from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
 from hyperllama.model import Llama
+from hyperllama.progress import console, progress_bar
 from hyperllama.train.attention import attention_backend
 from hyperllama.train.distributed import Processes, processes
-from hyperllama.train.metrics import Events, Metrics, console, device_name, peak_flops, progress_bar, speed_text
+from hyperllama.train.metrics import Events, Metrics, device_name, peak_flops, speed_text
 from hyperllama.train.plan import WATCHING, Plan, make_plan
 from hyperllama.train.schedule import lr_ratio
 

@@ -21,7 +21,8 @@ from hyperllama.grow.operators import HyperClone
 from hyperllama.grow.tensors import grow_arena, grow_tensor
 from hyperllama.hub import model_config, open_folder
 from hyperllama.kernels.counter import uniform
-from hyperllama.kernels.grow import MIN_NOISE_DB, grow, noise_key
+from hyperllama.kernels.grow import grow
+from hyperllama.kernels.raw import MIN_NOISE_DB, noise_key
 from hyperllama.keys import key_of
 from hyperllama.model import Llama
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD

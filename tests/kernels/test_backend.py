@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels import backend
+from hyperllama.kernels import backend, native
 from hyperllama.kernels.rms_norm import rms_norm
 
 THREE = {name: (lambda: None) for name in backend.BACKENDS}
@@ -71,7 +71,7 @@ def test_the_backward_uses_the_forwards_backend(monkeypatch):
 
 
 def test_a_missing_library_is_said_once_and_named_when_asked_for(monkeypatch, caplog):
-    monkeypatch.setattr(backend, "_library_folders", lambda: [])
+    monkeypatch.setattr(native, "_library_folders", lambda: [])
     backend.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "hyperllama"):

@@ -1,5 +1,6 @@
 """Planning and running merges of folders and of live models: results, refusals, what is written and what never is."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import sha256_file
+from hyperllama.kernels.hashing import hash_reference
 from hyperllama.merge import Recipe, merge_tensors, parse_recipe, plan, run
 
 MakeModel = Callable[..., Path]
@@ -347,11 +349,45 @@ class TestFiles:
         assert written["token_counts"] == {"eng": 100, "isl": 11, "fao": 20}
         assert written["token_counts_by_model"]["b"] == {"fao": 20, "isl": 1}
         assert written["recipe"] == made.source
-        made_from = {entry["path"]: entry["sha256"] for entry in written["made_from"]}
-        assert made_from.keys() == {
-            f"{m}/{f}" for m in ("base", "a", "b") for f in ("config.json", "model.safetensors")
-        }
-        assert made_from["b/model.safetensors"] == sha256_file(tmp_path / "b" / "model.safetensors")
+        assert [entry["path"] for entry in written["made_from"]] == ["base", "a", "b"]
+        assert written["made_from"][2]["config_sha256"] == sha256_file(tmp_path / "b" / "config.json")
+
+    def test_the_card_names_the_weights_that_were_read_and_written(self, make_model: MakeModel, tmp_path: Path) -> None:
+        def hashes(folder: str) -> dict[str, str]:
+            stored = weights(tmp_path / folder).items()
+            return {name: f"{hash_reference(tensor.view(torch.uint8).numpy().ravel()):016x}" for name, tensor in stored}
+
+        def whole(folder: str) -> str:
+            shapes = {name: list(tensor.shape) for name, tensor in weights(tmp_path / folder).items()}
+            lines = [f"{name} float32 {shapes[name]} {value}" for name, value in sorted(hashes(folder).items())]
+            return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+        def card(folder: str) -> dict[str, Any]:
+            return json.loads((tmp_path / folder / "hyperllama.json").read_text())
+
+        make_model("a", 1), make_model("b", 2), make_model("c", 3)
+        merges = {"linear": {}, "multislerp": {}, "nearswap": {"t": 0.1}, "ties": {}}
+        for method, parameters in merges.items():
+            models = [{"model": name, "parameters": {"weight": 1}} for name in ("a", "b")[: 1 + (method != "nearswap")]]
+            base = {} if method in ("linear", "multislerp") else {"base_model": "c", "parameters": parameters}
+            run(plan(recipe(merge_method=method, models=models, **base), tmp_path), tmp_path / method)
+            assert card(method)["weights"] == hashes(method)
+            assert {e["path"]: e["weights"] for e in card(method)["made_from"]} == {
+                name: whole(name) for name in [*[m["model"] for m in models], *(["c"] if base else [])]
+            }
+        run(plan(linear("linear", "ties"), tmp_path), tmp_path / "again")
+        assert [entry["weights"] for entry in card("again")["made_from"]] == [whole("linear"), whole("ties")]
+
+    def test_an_input_that_is_not_what_its_card_says_is_refused(self, make_model: MakeModel, tmp_path: Path) -> None:
+        make_model("a")
+        run(plan(linear("a"), tmp_path), tmp_path / "b")
+        file = tmp_path / "b" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(HyperLlamaError, match=r"b: tensor .* has the hash .*: the file is damaged"):
+            run(plan(linear("b"), tmp_path), tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
     def test_a_run_is_named_by_its_inputs_and_recipe(self, make_model: MakeModel, tmp_path: Path) -> None:
         make_model("a", 1), make_model("b", 2)
