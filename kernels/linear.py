@@ -19,13 +19,16 @@ from hyperllama.kernels.backend import choose, csrc, pointer
 
 # what torch.compile makes of a linear layer; builds without oneDNN lack it
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_AMX = torch.cpu._is_amx_tile_supported()
+# dtypes of oneDNN's products, and of dW in C++; on other CPUs than have been measured all stays torch's
+_MEASURED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+PRODUCTS = (torch.float32,) if _MEASURED and _ONEDNN else ()
+SUMS = (torch.float32, *(() if torch.cpu._is_amx_tile_supported() else (torch.bfloat16,))) if _MEASURED else ()
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K) times the transpose of weight (N, K), whatever its strides; without a gradient."""
-    fits = _ONEDNN is not None and x.dtype == torch.float32 and x.numel() > 0
-    return choose({"reference": functional.linear} | ({"csrc": _product_onednn} if fits else {}), x)(x, weight)
+    implementations = {"reference": functional.linear} | ({"csrc": _product_onednn} if x.numel() else {})
+    return choose(implementations, x, PRODUCTS)(x, weight)
 
 
 def _product_onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -34,9 +37,9 @@ def _product_onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
     """main_grad (N, K) += dy^T x for dy (M, N) and x (M, K)."""
-    fits = main_grad.dtype == torch.float32 and main_grad.is_contiguous() and not (_AMX and x.dtype == torch.bfloat16)
+    fits = main_grad.dtype == torch.float32 and main_grad.is_contiguous()
     implementations = {"reference": _accumulate_reference} | ({"csrc": _accumulate_csrc} if fits else {})
-    choose(implementations, x)(main_grad, dy, x)
+    choose(implementations, x, SUMS)(main_grad, dy, x)
 
 
 def _accumulate_reference(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:

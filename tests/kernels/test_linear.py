@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from hyperllama.kernels.backend import use
-from hyperllama.kernels.linear import accumulate_product, linear
+from hyperllama.kernels.linear import SUMS, accumulate_product, linear
 from tests.kernels.truth import DTYPES, check, check_compiled
 
 
@@ -87,7 +87,8 @@ def test_csrc_accumulates_in_place(dtype, shape, step, threads):
             accumulate_product(memory[1:-1:step].view(n, k), dy, x)
     finally:
         torch.set_num_threads(wanted)
-    rounding = 0.05 if step == 2 and dtype == torch.bfloat16 else 1e-5  # a view with gaps gets torch's product
+    torchs = step == 2 or dtype not in SUMS  # a view with gaps gets torch's product
+    rounding = 0.05 if torchs and dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(memory.double(), truth, rtol=rounding, atol=rounding)
     assert memory[0] == before[0] and memory[-1] == before[-1]
     assert torch.equal(memory[2:-1:2], before[2:-1:2]) or step == 1
