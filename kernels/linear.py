@@ -32,7 +32,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product_onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return _ONEDNN(x.contiguous(), weight, None, "none", [], "")
+    y = _ONEDNN(x.flatten(0, -2).contiguous(), weight, None, "none", [], "")
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])  # a view could not be rotated in place
 
 
 def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
