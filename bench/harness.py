@@ -177,9 +177,10 @@ def run(
 ) -> Result:
     """Time the providers of a case in turns; one entry of `results` in the results file.
 
-    A sample is the mean of as many calls as last `min_sample` seconds. `warmup` rounds are not kept. A provider that
-    raises is left out, with its reason; one that fails the check is timed but has no ratio. A case without a check has
-    no ratios. A target is met or missed where both its sides ran; a provider that ran and failed the check misses it.
+    A sample is the mean of as many calls as last `min_sample` seconds (0: one call). `warmup` rounds are not kept. A provider
+    that raises is left out, with its reason; one that fails the check is timed but has no ratio. A case without a check has
+    no ratios. What a thunk has as `figures` after its last call (memory, say) is kept. A target is met or missed where both
+    its sides ran; a provider that ran and failed the check misses it.
     """
     clock = clock or make_clock(device, cold=cold, cpu_time=cpu_time)
     thunks, reasons = _prepare(case, graph)
@@ -211,12 +212,20 @@ def run(
             "samples": list(samples[name].values()) if name in samples else [],
             "seconds": median_interval(list(samples[name].values())) if name in samples else None,
             "ratio": ratio,
+            "figures": getattr(thunks.get(name), "figures", None),
         }
     return {
         "case": case.name, "params": case.params, "flops": case.flops, "bytes": case.bytes, "reference": case.reference,
         "device": device, "cold": cold, "graph": graph, "cpu_time": cpu_time, "rounds": rounds, "providers": providers,
         "targets": [_judged(target, providers, base is not None) for target in case.targets],
     }  # fmt: skip
+
+
+def limit(provider: str, what: str, most: float, samples: Sequence[float]) -> Result:
+    """A target of a result against a number: the median of `samples` is at most `most`, whose name is `what`."""
+    measured = median_interval([most / sample for sample in samples])
+    target = Target(provider, what, 1.0)
+    return {**asdict(target), "measured": measured, "met": measured["median"] >= 1.0}  # type: ignore[operator]
 
 
 def _judged(target: Target, providers: dict[str, Any], comparable: bool) -> Result:
@@ -263,7 +272,9 @@ def _prepare(case: Case, graph: bool) -> tuple[dict[str, Thunk], dict[str, str]]
 
 
 def _repeats(clock: Clock, thunk: Thunk, min_sample: float) -> int:
-    """How many calls last `min_sample` seconds; doubles until a measurement is long enough to tell."""
+    """How many calls last `min_sample` seconds; doubles until a measurement is long enough to tell. 0: one, without a trial."""
+    if not min_sample:
+        return 1
     count = 1
     while (took := clock.seconds(thunk, count)) < min_sample and count < 1 << 20:
         count *= 2 if took <= 0 else min(16, max(2, math.ceil(min_sample / took)))

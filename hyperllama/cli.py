@@ -437,20 +437,24 @@ def _existing(paths: list[Path]) -> list[Path]:
 
 
 class _bar:
-    """A progress bar on standard error as a context manager that yields `progress(done, total)`."""
+    """A progress bar on standard error as a context manager that yields `progress(done, total)`; disabled, it does nothing."""
 
     def __init__(self, what: str, *, disable: bool = False):
-        from hyperllama.progress import console, progress_bar
-
-        self.what, self.bar = what, progress_bar(console(), disable=disable)
+        self.what, self.disable = what, disable
 
     def __enter__(self) -> Any:
+        if self.disable:
+            return lambda done, total: None
+        from hyperllama.progress import console, progress_bar
+
+        self.bar = progress_bar(console())
         self.bar.start()
         task = self.bar.add_task(self.what, total=None, figures="")
         return lambda done, total: self.bar.update(task, completed=done, total=total)
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if not self.disable:
+            self.bar.stop()
 
 
 def _print(value: Any, as_json: bool) -> None:

@@ -145,6 +145,7 @@ def test_a_provider_that_cannot_be_set_up_is_recorded_without_paths() -> None:
     assert providers["a"]["seconds"] is not None
     assert providers["b"] == {
         "reason": "ImportError: no module in fast.py", "repeats": None, "samples": [], "seconds": None, "ratio": None,
+        "figures": None,
     }  # fmt: skip
 
 
