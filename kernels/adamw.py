@@ -6,18 +6,23 @@
 
 Flat buffers of one length: master, grad, m, v fp32 (fp64), weights bf16 or None where the masters are the weights. lr, t (int64)
 and clip are 0-dim tensors read on the device, so a CUDA graph of the step stays valid. A clip of 0 skips the step: nothing is
-written, whatever the gradient holds. CPU: C++.
+written, whatever the gradient holds. GPU: Triton, one launch; CPU: C++.
 """
 
-from ctypes import c_double, c_int64
+from ctypes import c_double, c_float, c_int64
+from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import choose, csrc, define, pointer
+from hyperllama.kernels.backend import choose, constexpr, csrc, define, jit, pointer, same_device, tl
 
 CHUNK = 1 << 18  # elements: five fp32 chunks and their temporaries stay in a CPU's L2 and L3
+
+
+# ---- reference
 
 
 @torch.no_grad()
@@ -43,6 +48,84 @@ def adamw_reference(
             weights[part].copy_(torch.where(taken, new.to(weights.dtype), weights[part]))
 
 
+# ---- Triton
+
+
+@jit
+def _rest(log_high, log_low, step):
+    """1 - beta^t to fp32's precision, from log(beta) in two parts: beta^t itself would lose a small rest to rounding."""
+    x = step * log_high + step * log_low
+    series = 1.0 + x / 9
+    for i in tl.static_range(7):
+        series = 1.0 + x / (8 - i) * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+
+
+@jit
+def _adamw_kernel(
+    master_ptr, grad_ptr, m_ptr, v_ptr, weights_ptr, lr_ptr, step_ptr, clip_ptr, n, log1_high, log1_low, log2_high, log2_low,
+    beta1, beta2, rest1, rest2, eps, weight_decay,
+    HAS_WEIGHTS: constexpr, COLS: constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)  # an arena passes 2^31 elements at 2.1G parameters
+    inside = at < n
+    g = tl.load(grad_ptr + at, mask=inside, other=0.0)
+    m = tl.load(m_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    p = tl.load(master_ptr + at, mask=inside, other=0.0)
+    lr = tl.load(lr_ptr)
+    step = tl.load(step_ptr).to(tl.float32)
+    correct1 = 1.0 / _rest(log1_high, log1_low, step)
+    correct2 = 1.0 / _rest(log2_high, log2_low, step)
+    clip = tl.load(clip_ptr)
+    g *= clip
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * (g * g)
+    p -= lr * (m * correct1 / (tl.sqrt(v * correct2) + eps) + weight_decay * p)
+    if clip != 0:
+        tl.store(m_ptr + at, m, mask=inside)
+        tl.store(v_ptr + at, v, mask=inside)
+        tl.store(master_ptr + at, p, mask=inside)
+        if HAS_WEIGHTS:
+            tl.store(weights_ptr + at, p.to(weights_ptr.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the Triton kernel is launched; a pure function of the length."""
+
+    cols: int  # 8 elements a thread: two 128-bit loads of each of four buffers in flight, one 128-bit store of bf16
+    warps: int
+    programs: int
+
+    @classmethod
+    def of(cls, n: int) -> "Launch":
+        """The launch for buffers of n elements."""
+        return cls(1024, 4, -(-n // 1024))
+
+
+def _log(beta: float) -> tuple[float, float]:
+    """log(beta) as the sum of two fp32."""
+    exact = log(beta) if beta > 0 else -1e30
+    high = c_float(exact).value
+    return high, exact - high
+
+
+def _adamw_triton(
+    master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, lr: Tensor, beta1: float, beta2: float,
+    eps: float, weight_decay: float, step: Tensor, clip: Tensor,
+) -> None:  # fmt: skip
+    launch = Launch.of(master.numel())
+    _adamw_kernel[(launch.programs,)](
+        master, grad, m, v, master if weights is None else weights, lr.to(torch.float32), step.to(torch.int64),
+        clip.to(torch.float32), master.numel(), *_log(beta1), *_log(beta2), beta1, beta2, 1 - beta1, 1 - beta2, eps,
+        weight_decay, HAS_WEIGHTS=weights is not None, COLS=launch.cols, num_warps=launch.warps,
+    )  # fmt: skip
+
+
+# ---- C++
+
+
 def _adamw_csrc(
     master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, lr: Tensor, beta1: float, beta2: float,
     eps: float, weight_decay: float, step: Tensor, clip: Tensor,
@@ -55,13 +138,17 @@ def _adamw_csrc(
     )  # fmt: skip
 
 
+# ---- the op
+
+
 def _update(*inputs: Any) -> None:
     master, grad, m, v, weights = inputs[:5]
     fits = all(t.is_contiguous() and t.dtype == torch.float32 for t in (master, grad, m, v)) and (
         weights is None or (weights.is_contiguous() and weights.dtype == torch.bfloat16)
     )
-    implementations = {"reference": adamw_reference} | ({"csrc": _adamw_csrc} if fits else {})
-    choose(implementations, master)(*inputs)
+    kernels = {"triton": _adamw_triton, "csrc": _adamw_csrc} if fits else {}
+    if master.numel():
+        choose({"reference": adamw_reference} | kernels, master)(*inputs)
 
 
 _adamw = define(
@@ -78,8 +165,9 @@ def adamw(
 ) -> None:  # fmt: skip
     """One optimizer step in place on flat buffers; `step` counts from 1.
 
-    Raises ValueError when the buffers differ in length.
+    Raises ValueError when the buffers differ in length, or anything is on another device.
     """
     if len({t.numel() for t in (master, grad, m, v, *([] if weights is None else [weights]))}) != 1:
         raise ValueError("adamw: master, grad, m, v and weights must have one length")
+    same_device("adamw", master=master, grad=grad, m=m, v=v, weights=weights, lr=lr, step=step, clip=clip)
     _adamw(master, grad, m, v, weights, lr, beta1, beta2, eps, weight_decay, step, clip)
