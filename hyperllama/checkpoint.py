@@ -238,16 +238,19 @@ def read_sums(folder: Path) -> dict[str, str]:
         raise HyperLlamaError(f"{folder / SUMS} is damaged: {error}") from None
 
 
-def verify(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+def verify(
+    folder: Path, rank: int = 0, world: int = 1, progress: Callable[[int], None] | None = None
+) -> dict[str, Any]:
     """Check the SHA-256 of state.json and of this process's share of the other files; returns the state.
 
+    `progress(n_bytes)` is called after every 4 MiB.
     Raises HyperLlamaError naming the file that is damaged.
     """
     sums = read_sums(folder)
     for i, name in enumerate(["state.json", *sorted(set(sums) - {"state.json"})]):
         if i and i % world != rank:
             continue
-        if not (folder / name).is_file() or sha256_file(folder / name) != sums.get(name):
+        if not (folder / name).is_file() or sha256_file(folder / name, progress) != sums.get(name):
             raise HyperLlamaError(f"{folder / name} is damaged: its SHA-256 is not the one in {SUMS}")
     state: dict[str, Any] = read_json(folder / "state.json")
     if set(sums) != {"state.json", *state["files"]}:
@@ -265,7 +268,7 @@ def newest(run: Path, peers: Peers, say: Callable[[str, str], None]) -> tuple[Pa
     for folder in reversed(found):
         problem, state = "", {}
         try:
-            state = verify(folder, peers.rank, peers.world)
+            state = verify(folder, peers.rank, peers.world, lambda _: peers.alive())
         except HyperLlamaError as error:
             problem = str(error)
         finder = peers.largest_int(peers.rank + 1 if problem else 0)

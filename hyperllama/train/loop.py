@@ -65,6 +65,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     model = Llama(plan.model, arena, backend=attention["backend"])
     screen = console()
     say = Events(out / "events.jsonl", screen, write=mine.is_main)
+    mine.doing(0, "reading the newest checkpoint")
     step, updates, ledger, counts, earlier = _start(plan, model, mine, say)
     lr, at = torch.zeros((), device=mine.device), torch.tensor(updates, device=mine.device)
     causal = window_flops(plan.model, seq_len, "causal")

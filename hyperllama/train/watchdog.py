@@ -22,11 +22,14 @@ from torch.distributed import PrefixStore, Store
 
 from hyperllama.errors import Lost
 
+Beats = dict[int, dict[str, Any]]  # rank -> {beat, count: operations begun, now: the last of them}
+
 
 class Watchdog:
     """Watches the processes of a run as a context manager; `seconds` is the longest that an operation may take.
 
-    It is armed by the first `doing`: what comes before (reading and checking inputs) takes as long as it takes.
+    It is armed by the first `doing`, and bears with others that beat and have not come to theirs: reading and checking a recipe's
+    inputs takes as long as it takes.
     """
 
     def __init__(self, store: Store, rank: int, world: int, seconds: float):
@@ -34,9 +37,13 @@ class Watchdog:
         self.tick = min(5.0, seconds / 10)
         # a connection of its own: a main thread that waits in the store must not silence the beat
         self.store = PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
-        self.count, self.now, self.since = 0, "starting", 0.0
-        self.ended = Event()
-        self.thread = Thread(target=self._watch, name="watchdog", daemon=True)
+        self.agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 keeps the store
+        self.count, self.now, self.since = 0, "starting", time.monotonic()
+        self.told: Beats = {}  # what each process last told, as of `heard`
+        self.heard = self.since
+        self.suspicious, self.ended = False, Event()
+        # a store that does not answer blocks the thread that asks it: another one watches
+        self.threads = [Thread(target=work, name="watchdog", daemon=True) for work in (self._talk, self._watch)]
 
     def doing(self, step: int, operation: str) -> None:
         """Note what the main thread begins; all processes note the same operations in the same order."""
@@ -48,43 +55,51 @@ class Watchdog:
 
     def lost(self, error: Exception) -> Lost:
         """What a failed collective means: who is gone, as far as the beats tell."""
-        before = self._beats()
+        self.suspicious = True
+        self.since = time.monotonic()  # the collective has ended: nothing hangs here
+        time.sleep(2 * self.tick)
+        before = dict(self.told)
         time.sleep(3 * self.tick)
-        return Lost(f"{self._verdict(before, self._beats())} ({str(error).splitlines()[0]})")
+        return Lost(f"{self._verdict(before)} ({str(error).splitlines()[0]})")
 
-    def _watch(self) -> None:
+    def _talk(self) -> None:
+        """Tell what this process does; hear what the others do: of the first always, of all when something seems wrong."""
         beat = 0
-        before: dict[int, dict[str, Any]] = {}
         while not self.ended.wait(self.tick):
             beat += 1
-            age = time.monotonic() - self.since if self.count else 0.0
-            with suppress(RuntimeError):  # the store's host is gone: the main thread will meet that too
+            with suppress(RuntimeError):  # a store whose host is gone stays silent
                 self.store.set(str(self.rank), json.dumps({"beat": beat, "count": self.count, "now": self.now}))
+                for rank in range(self.world if self.suspicious else 1):
+                    if self.store.check([str(rank)]):
+                        self.told[rank] = json.loads(self.store.get(str(rank)))
+                self.heard = time.monotonic()
+
+    def _watch(self) -> None:
+        before: Beats | None = None
+        while not self.ended.wait(self.tick):
+            age = time.monotonic() - self.since if self.count else 0.0
+            self.suspicious |= age > self.seconds / 4
             if age < self.seconds / 2:
-                before = {}
-            elif not before:
-                before = self._beats()
+                before = None
+            elif before is None:
+                before = dict(self.told)
+            elif age >= self.seconds and any(
+                beat["count"] == 0 and beat["beat"] != before.get(rank, {}).get("beat")
+                for rank, beat in self.told.items()
+            ):
+                self.alive()
             elif age >= self.seconds:
-                print(f"hyperllama: {self._verdict(before, self._beats())}", file=sys.stderr, flush=True)
+                print(f"hyperllama: {self._verdict(before)}", file=sys.stderr, flush=True)
                 os._exit(Lost.code)  # the main thread stands in a collective: no exception reaches it
 
-    def _beats(self) -> dict[int, dict[str, Any]]:
-        """What each process last told; those that never did, or can't be asked, are missing."""
-        found = {}
-        for rank in range(self.world):
-            try:
-                if self.store.check([str(rank)]):
-                    found[rank] = json.loads(self.store.get(str(rank)))
-            except RuntimeError:
-                break
-        return found
-
-    def _verdict(self, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> str:
-        waited = f"rank {self.rank} waited in {self.now}"
+    def _verdict(self, before: Beats) -> str:
+        """Who is to blame, from what all told before and now."""
+        after = dict(self.told)
         told = {rank: f"rank {rank} ({beat['now']})" for rank, beat in after.items()}
         others = [rank for rank in range(self.world) if rank != self.rank]
-        if not after:
-            found = "the first process's machine can't be reached"
+        if time.monotonic() - self.heard > 3 * self.tick:
+            host = "torchrun on the first machine" if self.agent else told.get(0, "rank 0")
+            found = f"silent, so stopped or gone: {host}, which keeps the run's store"
         elif silent := [r for r in others if r not in after or before.get(r, {}).get("beat") == after[r]["beat"]]:
             found = "silent, so stopped or gone: " + ", ".join(
                 told.get(r, f"rank {r} (never heard of)") for r in silent
@@ -95,12 +110,15 @@ class Watchdog:
             found = f"rank {self.rank} itself hangs"
         else:
             found = "all ranks wait there: the network or the collective library is at fault"
+        waited = f"rank {self.rank} waited in {self.now}"
         return f"{found}; {waited}. The run ends; the same command goes on from its newest checkpoint"
 
     def __enter__(self) -> "Watchdog":
-        self.thread.start()
+        for thread in self.threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
-        self.thread.join()
+        for thread in self.threads:
+            thread.join(2 * self.tick)  # one that waits for the store ends with the process
