@@ -258,8 +258,8 @@ def check_indices(device: torch.device) -> None:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Of the GPU that x is on; 4 stand in for them in Triton's interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    """Of the GPU that x is on."""
+    return gpu_of(x).multiprocessors
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,314 @@
+"""Every op on a GPU: right first, then how fast, cell by cell, within the minutes that there are.
+
+    python -m bench.gpu --minutes 9 [--out bench/results/gpu.json]     run again: it goes on where it stopped
+
+First every op's error against fp64 (at most twice plain torch's in the same dtype) and equal bits of two runs; then times at the
+paper's shapes and the binding sizes, then the rest. A time is taken three ways: CUDA graph with cold caches, CUDA graph with warm
+ones, eager. Copies (torch's, and a Triton kernel's) and the big matrix product take turns with the op, so that a share of a roof
+is of the same moment. Targets are judged where they bind: cold, graphed, at 65536 tokens. Exit 1: one that was measured is missed.
+
+Not yet run on a GPU. Needs torch, Triton, numpy and this project's kernels and harness, nothing else; peers run when installed.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperllama.errors import HyperLlamaError
+from hyperllama.files import read_json, write_json
+from hyperllama.kernels.backend import constexpr, jit, tl, use
+
+from .environment import environment
+from .gpu_ops import BF16, PROBLEMS, Inputs, Problem
+from .harness import Case, Roof, Target, Thunk, judgement, matmul_roof, missed, run, table
+from .shapes import SHAPES
+
+SCHEMA = 1
+BINDING = 65536  # tokens: the smallest at which the 180M shape moves 250 MB
+MODES: dict[str, Any] = {"cold": {"cold": True, "graph": True}, "warm": {"graph": True}, "eager": {"cold": True}}
+HEAD_LEAST = {"180M": 1 / 1.15, "572M": 1 / 1.10}  # against its three products and a copy of its logits
+ATTENTION_LEAST = {
+    "attention": 0.80,
+    "attention with backward": 0.75,
+}  # against every other backend, so against the best
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to find out; `mode` is "correct" or one of MODES."""
+
+    op: str
+    shape: str
+    tokens: int
+    mode: str
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return f"{self.op} {self.shape} {self.tokens} {self.mode}"
+
+
+def cells() -> list[Cell]:
+    """All cells in order of priority."""
+    order = [Cell(op, "180M", 2048, "correct") for op in PROBLEMS]
+    for shapes, tokens, modes in (
+        (("180M", "572M"), (BINDING,), ("cold",)),
+        (("180M", "572M"), (16384, 2048), ("cold",)),
+        (("180M", "572M"), (BINDING, 16384, 2048), ("warm", "eager")),
+        (("1.7B", "8B"), (16384, 2048, BINDING), ("cold", "warm", "eager")),
+    ):
+        order += [Cell(op, shape, n, mode) for n in tokens for mode in modes for shape in shapes for op in PROBLEMS]
+    return order
+
+
+@jit
+def _copy_kernel(source_ptr: Any, target_ptr: Any, n: Any, BLOCK: constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target_ptr + at, tl.load(source_ptr + at, mask=at < n), mask=at < n)
+
+
+def copy_roofs(traffic: int) -> dict[str, Roof]:
+    """torch's copy and a Triton kernel's, with `traffic` bytes read and written."""
+
+    def setup(copy: Callable[[Tensor, Tensor], Any]) -> Callable[[], Thunk]:
+        def prepare() -> Thunk:
+            source = torch.ones(traffic // 8, dtype=torch.int32, device="cuda")
+            target = torch.zeros_like(source)
+            return lambda: copy(source, target)
+
+        return prepare
+
+    def own(source: Tensor, target: Tensor) -> None:
+        n = source.numel()
+        _copy_kernel[(-(-n // 4096),)](source, target, n, BLOCK=4096, num_warps=8)
+
+    return {"copy": Roof(setup(lambda source, target: target.copy_(source))), "copy_triton": Roof(setup(own))}
+
+
+def products_roof(inputs: Inputs, traffic: int) -> Roof:
+    """The head's three bare products, at the chunk that ours uses, and a copy of its logits' traffic."""
+    from hyperllama.kernels.linear_cross_entropy import chunks
+
+    x, weight = inputs[:2]
+
+    def setup() -> Thunk:
+        copy, parts = copy_roofs(traffic)["copy"].setup(), [slice(*part) for part in chunks(x, weight, None)]
+        logits = torch.empty(max(p.stop - p.start for p in parts), weight.shape[0], dtype=x.dtype, device=x.device)
+        dx, dw = torch.empty_like(x), torch.empty_like(weight)
+
+        def thunk() -> None:
+            for part in parts:
+                z = logits[: part.stop - part.start]
+                torch.mm(x[part], weight.t(), out=z)
+                torch.mm(z, weight, out=dx[part])
+                torch.mm(z.t(), x[part], out=dw)
+            copy()
+
+        return thunk
+
+    return Roof(setup)
+
+
+def targets(cell: Cell, problem: Problem) -> tuple[Target, ...]:
+    """What is asked of a cell; told but not judged where it does not bind."""
+    binds = cell.mode == "cold" and cell.tokens == BINDING and cell.shape in ("180M", "572M")
+    least: dict[str, float | None] = {"copy": problem.share, "copy_triton": problem.share} if not problem.flops else {}
+    if cell.op.startswith("linear_cross_entropy"):
+        least = {"products": HEAD_LEAST.get(cell.shape)}
+    if cell.op in ATTENTION_LEAST:
+        least = {name: ATTENTION_LEAST[cell.op] for name in problem.peers if name != "auto"}
+    chosen = [Target("triton", against, ratio if binds else None) for against, ratio in least.items()]
+    if cell.op in ATTENTION_LEAST:
+        chosen += [Target("auto", name, 0.98 if binds else None) for name in problem.peers if name != "auto"]
+    else:  # not slower than anybody, at every size
+        others = (*problem.peers, *(["compiled"] if problem.plain else []))
+        chosen += [Target("triton", name, 1.0 if cell.mode != "eager" else None) for name in others]
+    return tuple(chosen)
+
+
+def case_of(cell: Cell, device: str = "cuda") -> Case:
+    """The case that the harness times."""
+    problem = PROBLEMS[cell.op](SHAPES[cell.shape], cell.tokens)
+    inputs = problem.inputs(device)
+
+    def provider(call: Callable[..., Any], backend: str | None) -> Callable[[], Thunk]:
+        def setup() -> Thunk:
+            own = [x.clone() if problem.in_place and isinstance(x, Tensor) else x for x in inputs]
+
+            def thunk() -> Any:
+                with use(backend):
+                    return call(*own)
+
+            return thunk
+
+        return setup
+
+    own = "auto" in problem.peers  # attention names its backend itself
+    providers = {
+        "reference": provider(problem.peers["sdpa"] if own else problem.call, None if own else "reference"),
+        "triton": provider(problem.call, None if own else "triton"),
+    }
+    if problem.plain is not None:
+        providers["compiled"] = provider(torch.compile(problem.plain, dynamic=False), None)
+    providers |= {name: provider(call, None) for name, call in problem.peers.items()}
+    roofs = copy_roofs(problem.bytes)
+    if problem.flops:
+        roofs["matmul"] = matmul_roof(problem.flops, BF16, 8192, device)
+    if cell.op.startswith("linear_cross_entropy"):
+        roofs["products"] = products_roof(inputs, problem.bytes)
+    params: dict[str, int | float | str] = {"shape": cell.shape, "tokens": cell.tokens, "mode": cell.mode}
+    return Case(
+        cell.op, params, problem.flops, problem.bytes, providers, close, roofs, targets(cell, problem)
+    )  # fmt: skip
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """Floating-point outputs that hold something."""
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    return [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+
+
+def close(output: Any, expected: Any) -> str | None:
+    """Why an output is not what plain torch gives, up to bf16; peers may return a part of the outputs."""
+    for got, want in zip(flat(output), flat(expected), strict=False):
+        if got.shape != want.shape:
+            continue
+        error = float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+        if not error <= 2e-2:
+            return f"relative error {error:.2g}, at most 0.02 was expected"
+    return None
+
+
+def correct(cell: Cell, device: str = "cuda") -> dict[str, Any]:
+    """Errors against fp64, ours and plain torch's, for each output; and whether two runs have the same bits."""
+    problem = PROBLEMS[cell.op](SHAPES[cell.shape], cell.tokens)
+    inputs = problem.inputs(device)
+
+    def outputs(backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        copies = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+        if dtype is not None:
+            copies = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in copies]
+        call = problem.call
+        if "auto" in problem.peers and backend == "reference":  # attention names its backend itself
+            call = problem.peers["sdpa"]
+        with use(None if "auto" in problem.peers else backend):
+            return flat(call(*copies))
+
+    truth, plain = outputs("reference", torch.float64), outputs("reference")
+    ours, again = outputs("triton"), outputs("triton")
+    rows = []
+    for true, expected, got in zip(truth, plain, ours, strict=True):
+        worst, allowed = ((x.double() - true).abs().max().item() for x in (got, expected))
+        bound = max(2 * allowed, torch.finfo(got.dtype).eps * true.abs().max().item())
+        rows.append({"error": worst, "plain": allowed, "allowed": bound, "right": worst <= bound})
+    same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    right = all(row["right"] for row in rows) and (same or not problem.deterministic)
+    return {"outputs": rows, "same_bits": same, "right": right}
+
+
+def memory(cell: Cell) -> dict[str, int]:
+    """Bytes that one call of ours takes beyond its inputs at its peak, and what of it are outputs."""
+    problem = PROBLEMS[cell.op](SHAPES[cell.shape], cell.tokens)
+    inputs = problem.inputs("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = problem.call(*inputs)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    kept = torch.cuda.memory_allocated() - before
+    del outputs
+    return {"peak": peak, "outputs": kept, "workspace": peak - before - kept}
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """What a cell finds out on this GPU."""
+    if cell.mode == "correct":
+        return {"correct": correct(cell)}
+    try:
+        result = run(case_of(cell), device="cuda", rounds=11, **MODES[cell.mode])
+        return {"speed": result, "memory": memory(cell), "clocks": environment("cuda")["clocks"]}
+    finally:
+        torch.cuda.empty_cache()
+
+
+def work(
+    path: Path, about: Mapping[str, Any], minutes: float, find_out: Callable[[Cell], dict[str, Any]],
+    order: Sequence[Cell] | None = None, now: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:  # fmt: skip
+    """Work through the cells that `path` does not have yet, writing it after each; returns the document.
+
+    A cell that raises is kept with its reason. `about` is what figures depend on: another one is refused.
+    """
+    document: dict[str, Any] = {"schema": SCHEMA, "environment": dict(about), "cells": {}}
+    if path.exists():
+        document = read_json(path)
+        known = document.get("environment", {})
+        if document.get("schema") != SCHEMA or any(known.get(name) != about[name] for name in about):
+            raise HyperLlamaError(f"{path} is from another GPU, commit or version: name another file with --out")
+    began = now()
+    for cell in cells() if order is None else order:
+        if cell.key in document["cells"]:
+            continue
+        if now() - began >= 60 * minutes:
+            break
+        try:
+            found = find_out(cell)
+        except Exception as error:  # one op that fails on this GPU must not hide the others
+            found = {"reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        document["cells"][cell.key] = found
+        write_json(path, document)
+    return document
+
+
+def unfinished(document: Mapping[str, Any], order: Sequence[Cell] | None = None) -> list[str]:
+    """Cells that are still to be done."""
+    return [cell.key for cell in (cells() if order is None else order) if cell.key not in document["cells"]]
+
+
+def faults(document: Mapping[str, Any]) -> list[str]:
+    """Wrong results, failed cells and missed targets."""
+    wrong = []
+    for key, found in document["cells"].items():
+        if "reason" in found:
+            wrong.append(f"{key}: {found['reason']}")
+        elif "correct" in found and not found["correct"]["right"]:
+            wrong.append(f"{key}: {found['correct']}")
+        elif "speed" in found and missed([found["speed"]]):
+            wrong.append(f"{key}: a target is missed")
+    return wrong
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description="Every op on this GPU: correctness, then speed, by priority.")
+    parser.add_argument("--minutes", type=float, default=9, help="stop starting cells after so long (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu.json"), help="%(default)s")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise HyperLlamaError("bench.gpu needs a GPU, and torch sees none")
+    about = {name: environment("cuda")[name] for name in ("device", "torch", "triton", "git")}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    document = work(arguments.out, about, arguments.minutes, measure)
+    results = [found["speed"] for found in document["cells"].values() if "speed" in found]
+    print(table(results))
+    print(judgement(results))
+    left, wrong = unfinished(document), faults(document)
+    print(f"{len(document['cells'])} cells done, {len(left)} unfinished{': ' + ', '.join(left[:8]) if left else ''}")
+    print("\n".join(wrong), file=sys.stderr)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except HyperLlamaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
