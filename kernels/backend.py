@@ -257,11 +257,6 @@ def check_indices(device: torch.device) -> None:
         raise IndexError("; ".join(text for bit, text in WRONG_INDEX.items() if bits & bit))
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Of the GPU that x is on."""
-    return gpu_of(x).multiprocessors
-
-
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that arithmetic and gradients of `dtype` are in: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)

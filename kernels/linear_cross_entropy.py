@@ -22,8 +22,8 @@ from hyperllama.kernels.backend import (
     constexpr,
     csrc,
     define,
+    gpu_of,
     jit,
-    multiprocessors,
     pointer,
     same_device,
     tl,
@@ -187,7 +187,7 @@ def _softmax_gradient_triton(
     losses = logits.new_empty(n_rows, dtype=torch.float32)
     correct = logits.new_empty(n_rows, dtype=torch.int8)
     if logits.numel():
-        launch = Launch.of(n_rows, n_cols, multiprocessors(logits))
+        launch = Launch.of(n_rows, n_cols, gpu_of(logits).multiprocessors)
         _softmax_gradient_kernel[(launch.programs,)](
             logits, targets.contiguous(), losses, correct, wrong_index_flag(logits), n_rows, n_cols, valid_vocab or n_cols,
             ignore_index, scale, z_loss, loss_weight, GRADIENT=gradient, COLS=launch.cols, num_warps=launch.warps,

@@ -78,7 +78,7 @@ def _backward_kernel(
     """Program p takes row blocks p, p + programs, ... and leaves its part of dw in row p of `partial`."""
     cols = tl.arange(0, COLS)
     weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
-    dweight = tl.zeros((COLS,), dtype=tl.float32)
+    dweight = tl.zeros((ROWS, COLS), dtype=tl.float32)  # summed over rows once: that needs all warps, a row's sums one
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
@@ -86,13 +86,13 @@ def _backward_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
         normed = tl.load(stream_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd[:, None]
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dweight += tl.sum(dy * normed, axis=0)
+        dweight += dy * normed
         grad = dy * weight[None, :]
         ds = rstd[:, None] * (grad - normed * (tl.sum(grad * normed, axis=1) / n_cols)[:, None])
         if HAS_DSTREAM:
             ds += tl.load(dstream_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, ds.to(dx_ptr.dtype.element_ty), mask=inside)
-    tl.store(partial_ptr + tl.program_id(0) * n_cols + cols, dweight, mask=cols < n_cols)
+    tl.store(partial_ptr + tl.program_id(0) * n_cols + cols, tl.sum(dweight, axis=0), mask=cols < n_cols)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Launch:
     rows: int  # per block: small D shares a program, so that each has about 4096 elements to keep 128-bit loads busy
     cols: int  # D rounded up to a power of two, as Triton's blocks are
     warps: int  # 4 hold 4096 fp32 values in 32 registers a thread; wider rows need more threads to stay out of spills
-    programs: int  # of the backward: two per multiprocessor hide latency, and dw needs only that many partial rows
+    programs: int  # of the backward: three per multiprocessor, as many as its 168 registers a thread let run at once; fewer where
+    # each would have less than four blocks, beside which its partial row of dw, fp32 and read again, is no longer little
 
     @classmethod
     def of(cls, n_rows: int, n_cols: int, multiprocessors: int) -> "Launch":
@@ -111,7 +112,7 @@ class Launch:
         rows = max(1, 4096 // cols)
         warps = 4 if rows * cols <= 4096 else 8 if cols <= 8192 else 16
         blocks = -(-n_rows // rows)
-        return cls(rows, cols, warps, max(1, min(blocks, 2 * multiprocessors)))
+        return cls(rows, cols, warps, min(blocks, max(multiprocessors, min(3 * multiprocessors, blocks // 4))))
 
 
 def _launch(x: Tensor) -> Launch:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from hyperllama.files import write_text
+from hyperllama.kernels.backend import check_indices
 
 # Dense bf16 tensor-core peak in FLOP/s, without sparsity, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -97,6 +98,7 @@ class Metrics:
         if not self.pending:
             return self.last
         rows = torch.stack([values for _, values in self.pending]).tolist()
+        check_indices(self.pending[-1][1].device)  # the device has just been waited for
         seconds = time.perf_counter() - self.started
         for i, ((step, _), (loss, norm)) in enumerate(zip(self.pending, rows, strict=True)):
             line: dict[str, Any] = {**step, "loss": loss, "grad_norm": norm}

@@ -92,6 +92,17 @@ def test_missing_triton_is_named_when_asked_for(monkeypatch):
         rms_norm(torch.randn(2, 8), torch.randn(8), 1e-5)
 
 
+def test_wrong_indices_noted_on_a_device_are_told_once():
+    flag = backend.wrong_index_flag(torch.empty(1))
+    assert flag is backend.wrong_index_flag(torch.empty(2)) and flag.dtype == torch.int32
+    flag.fill_(1 | 4)
+    with pytest.raises(
+        IndexError, match=r"^embedding: a token id is outside .*; rope: a position is outside the tables$"
+    ):
+        backend.check_indices(flag.device)
+    backend.check_indices(flag.device)
+
+
 def test_importing_needs_no_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -165,7 +165,7 @@ def test_launches_cover_all_rows_and_columns():
         for n_rows in (1, 17, 131072):
             launch = Launch.of(n_rows, n_cols, 132)
             assert launch.cols >= n_cols and launch.cols & (launch.cols - 1) == 0
-            assert 1 <= launch.programs <= 264 and launch.rows * launch.cols <= max(4096, launch.cols)
+            assert 1 <= launch.programs <= 3 * 132 and launch.rows * launch.cols <= max(4096, launch.cols)
 
 
 def test_wrong_inputs_are_named():
