@@ -178,7 +178,8 @@ def _differs(method: str) -> Callable[[Any, Any], str | None]:
         name = "model.layers.7.mlp.up_proj.weight"
         a, b = (widened(f.bytes(name), f.dtype(name)).astype(np.float64) for f in (ours, theirs))
         error = float(np.sqrt(np.square(a - b).mean() / np.square(b).mean()))
-        return None if error < 5e-3 else f"relative difference {error:.2g} in {name}"
+        # differences of bf16 weights have few values: mergekit's TIES cuts anywhere among a few per cent that are equal
+        return None if error < (3e-2 if method == "ties" else 5e-3) else f"relative difference {error:.2g} in {name}"
 
     return check
 

@@ -187,7 +187,10 @@ class WeightsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % 64)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.posix_fallocate(descriptor, 0, 8 + len(text) + at)
+        try:
+            os.posix_fallocate(descriptor, 0, 8 + len(text) + at)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for name in names:
             self._places[name] = (descriptor, 8 + len(text) + header[name]["data_offsets"][0])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hyperllama.errors import HyperLlamaError
+from hyperllama.kernels.native import FORCED as _forced
 from hyperllama.kernels.native import csrc, library
 
 try:  # importing the package works without Triton; asking for a Triton kernel says what is missing
@@ -41,7 +42,6 @@ __all__ = [
 BACKENDS = ("reference", "csrc", "triton")
 DTYPES = {"csrc": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 LIBRARY = torch.library.Library("hyperllama", "FRAGMENT")
-_forced: ContextVar[str | None] = ContextVar("hyperllama_backend", default=None)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import sys
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -14,6 +15,9 @@ from hyperllama.errors import HyperLlamaError
 
 # What torch asks of a CPU before it calls it by these names, as /proc/cpuinfo spells it.
 _LEVELS = {"avx512": {"avx512f", "avx512vl", "avx512bw", "avx512dq", "fma", "avx2"}, "avx2": {"avx2", "fma"}}
+FORCED: ContextVar[str | None] = ContextVar("hyperllama_backend", default=None)
+"""The implementation that backend.use forces."""
+
 _LIBRARIES = {"avx512": ["v4", "v3", "base"], "avx2": ["v3", "base"], "default": ["base"]}
 
 
@@ -51,6 +55,11 @@ def library() -> ctypes.CDLL | None:
         raise HyperLlamaError(f"HYPERLLAMA_CSRC: {named} has none of hyperllama_{{{','.join(names)}}}.so for this CPU")
     logging.getLogger("hyperllama").warning("hyperllama was installed without a C++ compiler: CPU ops use plain torch")
     return None
+
+
+def usable() -> bool:
+    """Whether csrc is there, and neither backend.use nor HYPERLLAMA_BACKEND forces another implementation."""
+    return (FORCED.get() or os.environ.get("HYPERLLAMA_BACKEND") or "csrc") == "csrc" and library() is not None
 
 
 def _load_openmp() -> None:

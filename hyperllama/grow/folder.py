@@ -36,7 +36,7 @@ from hyperllama.hub import (
 )
 from hyperllama.kernels import raw
 from hyperllama.kernels.hashing import Bytes, hash_bytes
-from hyperllama.kernels.native import library
+from hyperllama.kernels.native import usable
 from hyperllama.names import FINAL_NORM, logical_tensors
 from hyperllama.weights import NewTensor, hex_hash, narrowed, widened
 
@@ -176,7 +176,7 @@ class _Growth:
             read, gaps, digest = [], [], writer.write(name, np.zeros(tensor.n_bytes, np.uint8))
         elif how.cols is None:
             digest, gaps = self._vector(name, how, writer)
-        elif self.dtype in KERNEL_DTYPES and self.folder.dtype(how.source) == self.dtype and library():
+        elif self.dtype in KERNEL_DTYPES and self.folder.dtype(how.source) == self.dtype and usable():
             digest, gaps = self._matrix(name, how, writer)
         else:
             digest, gaps, read = self._by_torch(name, writer)

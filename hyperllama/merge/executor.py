@@ -22,7 +22,7 @@ from hyperllama.files import check_free, check_room
 from hyperllama.flops import Ledger
 from hyperllama.hub import Folder, FolderWriter, origin, stamps, streamed_folder
 from hyperllama.kernels.hashing import hash_bytes
-from hyperllama.kernels.native import library
+from hyperllama.kernels.native import usable
 from hyperllama.kernels.raw import DTYPES, Calls, task_divisor
 from hyperllama.merge.methods import Call, TensorCall
 from hyperllama.merge.planner import Plan
@@ -45,7 +45,7 @@ def _merge(step: Step, folders: dict[str, Folder], writer: FolderWriter) -> Hash
     """Carry out a step into its place; returns the hashes of the tensors it read."""
     call = step.call
     dtypes = {step.dtype, *(folders[read.model].dtype(read.tensor) for read in step.reads)}
-    if not _is_op(call) or not dtypes <= set(DTYPES) or library() is None:
+    if not _is_op(call) or not dtypes <= set(DTYPES) or not usable():
         return _merge_in_memory(step, folders, writer)
     assert isinstance(call, Call)
     inputs = [folders[read.model].raw(read.tensor) for read in step.inputs]

@@ -22,7 +22,7 @@ from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
 from hyperllama.grow.folder import grow_folder
 from hyperllama.grow.operators import HyperClone, Operator, RandomCopies
-from hyperllama.kernels import native
+from hyperllama.kernels import backend, native
 from hyperllama.merge import parse_recipe, plan, run
 
 MakeModel = Callable[..., Path]
@@ -153,6 +153,17 @@ def test_without_the_library_the_bits_are_the_same(models: Path, method: str, mo
     ours, theirs = contents(models / "native"), contents(models / "plain")
     assert ours["model.safetensors"] == theirs["model.safetensors"]
     assert ours["hyperllama.json"] == theirs["hyperllama.json"]
+
+
+def test_a_forced_backend_is_that_of_folders_too(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge(models, "ties", "native")
+    whole = grow_folder(models / "a", models / "grown", [HyperClone(2)])
+    monkeypatch.setattr("hyperllama.kernels.raw.csrc", lambda name: pytest.fail(f"csrc's {name} was called"))
+    with backend.use("reference"):
+        merge(models, "ties", "plain")
+        assert grow_folder(models / "a", models / "again", [HyperClone(2)]) == whole
+    for one, other in (("native", "plain"), ("grown", "again")):
+        assert contents(models / one) == contents(models / other)
 
 
 @pytest.mark.parametrize(
