@@ -397,11 +397,23 @@ def experiment_command(
 
 
 @app.command("runs")
-def runs_command(folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...")], as_json: Json = False) -> None:
+def runs_command(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw losses against FLOPs into this file (.png, .svg).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Compare finished runs: shape, exact FLOPs, tokens, loss, speed."""
-    from hyperllama.train.runs import summaries
+    from hyperllama.train.runs import finished, summaries
 
     rows = summaries(folders)
+    if plot is not None:
+        from hyperllama.train.folder import plot_runs
+
+        runs = finished(folders)
+        names = [run.name for run in runs]
+        plot_runs({run.name if names.count(run.name) == 1 else str(run): run for run in runs}, plot)
     if as_json:
         _print(rows, True)
     else:

@@ -355,6 +355,13 @@ def test_ctrl_c_in_the_middle_of_building_leaves_nothing(study, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl"]
 
 
+def test_runs_draws_what_it_compares(refuse, run, model, tmp_path):
+    assert run("runs", model.parent, "--plot", tmp_path / "losses.svg").code == 0
+    drawn = (tmp_path / "losses.svg").read_text()
+    assert drawn.startswith("<?xml") and "tiny" in drawn
+    refuse("runs", model.parent, "--plot", tmp_path / "losses.doc", parts=["losses.doc", ".png"])
+
+
 def test_export_writes_the_newest_or_a_named_checkpoint(refuse, run, recipe, tmp_path):
     out, exported = tmp_path / "run", tmp_path / "exported"
     refuse("export", out, exported, parts=["neither a checkpoint nor a run"])

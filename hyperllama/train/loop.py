@@ -27,6 +27,7 @@ from hyperllama.model import Llama
 from hyperllama.progress import console, progress_bar
 from hyperllama.train.attention import attention_backend
 from hyperllama.train.distributed import Processes, processes
+from hyperllama.train.folder import plot_runs, write_environment
 from hyperllama.train.metrics import Events, Metrics, device_name, peak_flops, speed_text
 from hyperllama.train.plan import WATCHING, Plan, make_plan
 from hyperllama.train.schedule import lr_ratio
@@ -50,6 +51,7 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
         if mine.is_main:
             write_json(out / "attention.json", attention)
             write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            write_environment(out, plan, mine)
         if mine.device.type == "cpu":
             keep_freed_blocks()
         try:
@@ -200,6 +202,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     }
     if mine.is_main:
         write_json(out / "run.json", record)
+        plot_runs({config.name: out}, out / "loss.png")
     mine.barrier()
     if stop.signal:
         raise Stopped(stop.signal, "the run was done when the signal came; its model is written")

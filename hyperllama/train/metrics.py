@@ -171,4 +171,5 @@ def speed_text(line: dict[str, Any]) -> str:
     speed = line["time"]
     rate = f"MFU {speed['mfu']:.1%}" if "mfu" in speed else f"{speed['flops_per_second'] / 1e9:,.0f} GFLOP/s"
     loss = "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
-    return f"loss {loss}  lr {line['lr']:.1e}  {speed['tokens_per_second']:,.0f} tok/s  {rate}"
+    text = f"loss {loss}  lr {line['lr']:.1e}  {speed['tokens_per_second']:,.0f} tok/s  {rate}  {line['spent_flops']:.3g} FLOPs"
+    return text + (f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else "")

@@ -21,6 +21,17 @@ from hyperllama.hub import Folder, folder_hashes, model_config, open_folder
 from hyperllama.kernels import attention_libraries
 from hyperllama.names import packed_shapes
 
+WRITTEN = (
+    "attention.json",
+    "checkpoints/",
+    "config.yaml",
+    "environment.json",
+    "events.jsonl",
+    "loss.png",
+    "metrics.jsonl",
+    "model/",
+    "run.json",
+)
 WATCHING = {"log_every", "max_skipped", "timeout_seconds"}  # settings that look at a run and don't change it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -80,10 +91,7 @@ class Plan:
                 *([c.init_from] if c.init_from else []),
                 *(str(source.shards.path) for source in self.mixture.sources),
             ],
-            "writes": [
-                f"{c.out}/{name}"
-                for name in ("attention.json", "config.yaml", "run.json", "metrics.jsonl", "checkpoints/", "model/")
-            ]
+            "writes": [f"{c.out}/{name}" for name in WRITTEN]
             + [f"{c.out}/milestones/{flops}/" for flops in c.checkpoint.milestones],
         }
 

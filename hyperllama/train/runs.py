@@ -13,13 +13,18 @@ def summaries(folders: list[Path]) -> list[dict[str, Any]]:
 
     Raises HyperLlamaError for a folder that is neither.
     """
-    rows = []
+    return [_row(run / "run.json") for run in finished(folders)]
+
+
+def finished(folders: list[Path]) -> list[Path]:
+    """The folders of the finished runs in `folders`. Raises HyperLlamaError for one that is no run and holds none."""
+    runs: list[Path] = []
     for folder in folders:
         files = [folder / "run.json"] if (folder / "run.json").is_file() else sorted(folder.glob("**/run.json"))
         if not files:
             raise HyperLlamaError(f"{folder} holds no finished run (no run.json)")
-        rows += [_row(file) for file in files]
-    return rows
+        runs += [file.parent for file in files]
+    return runs
 
 
 def _row(file: Path) -> dict[str, Any]:

@@ -72,6 +72,14 @@ def test_the_ledger_ends_at_the_budget_and_the_last_batch_is_partial(study, undi
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+def test_the_folder_says_what_made_it_and_how_it_went(study, undisturbed):
+    told = json.loads((undisturbed / "environment.json").read_text())
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told["code"]["commit"] == commit.stdout.strip() and told["versions"]["torch"] == torch.__version__
+    manifest = open_folder(undisturbed / "model").card["made_from"]
+    assert told["data"] == manifest and (undisturbed / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_the_same_recipe_gives_the_same_bits(study, undisturbed, tmp_path):
     train(run_config(study, tmp_path / "again", checkpoint={"every_steps": 2}), quiet=True)
     assert same_bits(undisturbed, tmp_path / "again") and metrics(undisturbed) == metrics(tmp_path / "again")

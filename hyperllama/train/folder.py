@@ -1,0 +1,92 @@
+"""A run folder explains itself: environment.json says what made it, loss.png how it went."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hyperllama.errors import HyperLlamaError
+from hyperllama.files import atomic_file, write_json
+from hyperllama.train.distributed import Processes
+from hyperllama.train.metrics import device_name
+from hyperllama.train.plan import Plan
+
+PACKAGES = ("hyperllama", "torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece")
+
+
+def write_environment(out: Path, plan: Plan, mine: Processes) -> None:
+    """Write <out>/environment.json: versions, the code's commit, hardware, and hashes of all that is read."""
+    import torch
+
+    start = {"path": str(plan.start.path), "sha256": plan.start_hashes} if plan.start else None
+    write_json(
+        out / "environment.json",
+        {
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "code": _commit(),
+            "device": device_name(mine.device),
+            "processes": mine.world,
+            "cpus": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "data": [
+                {"path": str(source.shards.path), "sha256": source.shards.fingerprint}
+                for source in plan.mixture.sources
+            ],
+            "tokenizer": {"path": plan.config.tokenizer, "sha256": plan.tokenizer.fingerprint},
+            "start": start,
+        },
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any] | None:
+    """The commit of the code that runs, and whether files differ from it; None for an installed package."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "changed_files": len(changed.stdout.splitlines())}
+
+
+def plot_runs(runs: dict[str, Path], file: Path) -> None:
+    """Draw the losses of runs (label -> folder) against their total FLOPs; the file's suffix is the format: png, svg, pdf.
+
+    Raises HyperLlamaError when a run has no metrics.jsonl, or the suffix is none of matplotlib's.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    if file.suffix[1:] not in figure.canvas.get_supported_filetypes():
+        raise HyperLlamaError(f"{file} names no format of a plot: a file that ends in .png, .svg or .pdf was expected")
+    axes = figure.add_subplot(xlabel="FLOPs, ancestors included", ylabel="training loss (nats per token)")
+    for label, folder in runs.items():
+        try:
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except FileNotFoundError:
+            raise HyperLlamaError(f"{folder} has no metrics.jsonl to plot") from None
+        taken = [line for line in lines if line["loss"] is not None]
+        axes.plot(
+            [float(line["total_flops"]) for line in taken], [line["loss"] for line in taken], label=label, linewidth=1
+        )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, format=file.suffix[1:], dpi=130)
