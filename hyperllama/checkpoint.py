@@ -32,11 +32,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hyperllama.arena import Arena
+from hyperllama.companions import Companion, Companions
 from hyperllama.config import CheckpointSettings, ModelConfig, validated
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import fsync, read_json, sha256_file, write_json, write_text
 from hyperllama.hub import folded, hf_config, write_folder
-from hyperllama.names import logical_tensors
+from hyperllama.names import FINAL_NORM, logical_tensors
 
 ROLES = ("master", "m", "v")
 SUMS = "SHA256SUMS"
@@ -398,7 +399,24 @@ def export_checkpoint(source: Path, out: Path) -> tuple[Path, dict[str, Any]]:
     return checkpoint, state
 
 
-def export_model(path: Path, arena: Arena, card: dict[str, Any], tokenizer: Path, dtype: torch.dtype) -> None:
-    """Write the model as a Hugging Face folder with its card and tokenizer, atomically."""
-    tensors = folded(arena.config, arena.logical("weights").items(), dtype)
-    write_folder(path, hf_config(arena.config, dtype), tensors, card, tokenizer_from=tokenizer, overwrite=True)
+def export_model(
+    path: Path, arena: Arena, card: dict[str, Any], tokenizer: Path, dtype: torch.dtype, companions: Companions
+) -> None:
+    """Write the model as a Hugging Face folder with its card, tokenizer and companions, atomically."""
+    write_folder(
+        path,
+        hf_config(arena.config, dtype),
+        folded(arena.config, arena.logical("weights").items(), dtype),
+        card,
+        tokenizer_from=tokenizer,
+        companions=companions,
+        overwrite=True,
+    )
+
+
+def adam_v(arena: Arena, step: int, beta2: float) -> Companion:
+    """AdamW's second moment after `step` updates, of the weights as `folded` writes them."""
+    views = {name: view.float().cpu().numpy() for name, view in arena.logical("v").items()}
+    factor = arena.config.lm_head_normalization_factor  # a weight divided by it has its gradient times it
+    views[FINAL_NORM] = views[FINAL_NORM] * factor**2
+    return Companion(views, {"step": str(step), "beta2": repr(beta2)})

@@ -299,6 +299,15 @@ def merge_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     seed: Annotated[int | None, typer.Option(help="Seed of random masks, in place of the recipe's.")] = None,
     compat: Annotated[str | None, typer.Option(help="mergekit: round every operation as it does.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Try methods and weights; merge by the best.")] = False,
+    dev: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE...", help="--search: text to choose by, a file for each language."),
+    ] = None,
+    learn: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE...", help="--search: other text, to learn coefficients on.")
+    ] = None,
+    evaluations: Annotated[int, typer.Option(help="--search: passes over the text of --dev, at most.")] = 32,
     sync: Sync = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -309,7 +318,13 @@ def merge_command(
     from hyperllama.merge.planner import plan
     from hyperllama.merge.recipe import read_recipe, with_extensions
 
-    planned = plan(with_extensions(read_recipe(recipe), seed=seed, compat=compat), Path.cwd())
+    given = with_extensions(read_recipe(recipe), seed=seed, compat=compat)
+    if search:
+        _search_merge(given, out, dev or [], learn or [], evaluations, dry_run, as_json, quiet)
+        return
+    if dev or learn:
+        raise HyperLlamaError("--dev and --learn are for --search")
+    planned = plan(given, Path.cwd())
     if dry_run:
         check_output(planned, out)
         _print(planned.describe() | {"writes": str(out)}, as_json)
@@ -317,6 +332,45 @@ def merge_command(
     with _bar("merge", disable=quiet) as progress:
         summary = run(planned, out, sync=sync, progress=progress)
     _print(summary, as_json)
+
+
+def _search_merge(
+    given: Any,
+    out: Path,
+    dev: list[Path],
+    learn: list[Path],
+    evaluations: int,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Search, write the best recipe beside OUT as OUT.yaml, merge by it."""
+    from hyperllama.files import write_text
+    from hyperllama.merge.executor import check_output, run
+    from hyperllama.merge.planner import plan
+    from hyperllama.merge.search import Development, candidates, search
+
+    if not dev:
+        raise HyperLlamaError("--search needs --dev FILE..., text to choose by, a file for each language")
+    planned, best = plan(given, Path.cwd()), out.with_name(f"{out.name}.yaml")
+    check_output(planned, out)
+    if best.exists():
+        raise HyperLlamaError(f"{best}, where the best recipe goes, already exists: name another OUT, or remove it")
+    if dry_run:
+        names = [candidate.describe() for candidate in candidates(given, planned)]
+        flops = Development(_existing(dev), planned).flops
+        plans = {"candidates": names, "evaluations": evaluations, "flops_per_evaluation": flops}
+        _print(plans | {"reads": [*map(str, dev), *map(str, learn)], "writes": [str(best), str(out)]}, as_json)
+        return
+    with _bar("search", disable=quiet) as progress:
+        found = search(given, dev, evaluations, learn_texts=learn, progress=progress)
+    if not as_json:
+        _table(found.rows)
+    with _bar("merge", disable=quiet) as progress:
+        summary = run(found.plan, out, progress=progress, found=found)
+    write_text(best, found.plan.recipe.source)
+    tried = {"tried": found.rows} if as_json else {}
+    _print({"recipe": str(best), "evaluations": found.evaluations, **tried, **summary}, as_json)
 
 
 @app.command("eval")
@@ -494,7 +548,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
     table = Table()
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name in ("run", "name") else "right")
+        table.add_column(name.replace("_", " "), justify="left" if name in ("run", "name", "merge") else "right")
     for row in rows:
         table.add_row(
             *(
@@ -505,8 +559,10 @@ def _table(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def spread_lists(arguments: list[str], options: tuple[str, ...] = ("--text", "--pairs")) -> list[str]:
-    """`--text a b` as `--text a --text b`: options of `eval` take several files."""
+def spread_lists(
+    arguments: list[str], options: tuple[str, ...] = ("--text", "--pairs", "--dev", "--learn")
+) -> list[str]:
+    """`--text a b` as `--text a --text b`: options of `eval` and `merge` take several files."""
     spread: list[str] = []
     option = None
     for argument in arguments:
@@ -524,7 +580,7 @@ def spread_lists(arguments: list[str], options: tuple[str, ...] = ("--text", "--
 def main() -> None:
     """Entry point: mistakes are one sentence and exit code 2, runs that can't go on 3 and 4, Ctrl-C is 130, SIGTERM 143."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["eval"]:
+    if arguments[:1] in (["eval"], ["merge"]):
         arguments = spread_lists(arguments)
     try:
         code = app(arguments, standalone_mode=False)

@@ -195,6 +195,12 @@ class CheckpointSettings(Settings):
     milestones: list[int] = Field(default_factory=list, description="ledger values (spent FLOPs) to export a model at")
 
 
+class ExportSettings(Settings):
+    """What an exported model takes along besides its weights, card, tokenizer and token counts."""
+
+    adam_v: bool = Field(False, description="AdamW's second moment in adam_v.safetensors, for merges weighted by it")
+
+
 class RunConfig(Settings):
     """One training run."""
 
@@ -211,6 +217,7 @@ class RunConfig(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    export: ExportSettings = ExportSettings()
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="weights and activations; masters and moments are fp32"
     )

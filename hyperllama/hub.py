@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hyperllama import __version__
+from hyperllama.companions import Companions, write_companions
 from hyperllama.config import ModelConfig, validated
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import atomic_folder, check_room, read_json, sha256_file, write_json
@@ -246,6 +247,7 @@ def write_folder(
     card: dict[str, Any],
     *,
     tokenizer_from: Path | None = None,
+    companions: Companions | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model folder atomically; tensors are taken one after another and a shard closes at 5 GB.
@@ -276,11 +278,16 @@ def write_folder(
         close()
         for i, file in enumerate(shard_names(closed)):
             (folder / f"shard-{i}").rename(folder / file)
-        _complete(folder, sizes, config, card, tokenizer_from)
+        _complete(folder, sizes, config, card, tokenizer_from, companions)
 
 
 def _complete(
-    folder: Path, sizes: Mapping[str, int], config: dict[str, Any], card: dict[str, Any], tokenizer_from: Path | None
+    folder: Path,
+    sizes: Mapping[str, int],
+    config: dict[str, Any],
+    card: dict[str, Any],
+    tokenizer_from: Path | None,
+    companions: Companions | None,
 ) -> None:
     """Write what a model folder has besides weights; `sizes` are the tensors' bytes, in order."""
     files = shards(sizes)
@@ -288,6 +295,7 @@ def _complete(
         write_json(folder / "model.safetensors.index.json", shard_index(files, sum(sizes.values())))
     write_json(folder / "config.json", config)
     write_json(folder / CARD, {"code_version": __version__, **card})
+    write_companions(folder, companions or {})
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, folder)
 
@@ -295,10 +303,16 @@ def _complete(
 class FolderWriter(WeightsWriter):
     """The weights of a new model folder, to be written one after another, then `complete`d."""
 
-    def complete(self, config: dict[str, Any], card: dict[str, Any], tokenizer_from: Path | None) -> None:
+    def complete(
+        self,
+        config: dict[str, Any],
+        card: dict[str, Any],
+        tokenizer_from: Path | None,
+        companions: Companions | None = None,
+    ) -> None:
         """Write the rest of the folder; the tensors' hashes go on its card."""
         sizes = {tensor.name: tensor.n_bytes for tensor in self.tensors.values()}
-        _complete(self.folder, sizes, config, {**card, "weights": self.hashes()}, tokenizer_from)
+        _complete(self.folder, sizes, config, {**card, "weights": self.hashes()}, tokenizer_from, companions)
 
 
 @contextmanager

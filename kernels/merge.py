@@ -369,6 +369,34 @@ def ties(
     return _ties(base, tensors, weights, densities, keys, lam, normalize, rescale, out_dtype)
 
 
+def weighted(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lam: float = 1.0,
+    normalize: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Task arithmetic whose weights are tensors: base + lam sum_i(W_i d_i) / (sum_i W_i with `normalize`).
+
+    weights: one per model, broadcasting to the models' shape: (rows, 1) or the shape itself. Without a base b is 0. An element
+    whose weights sum to zero is not divided. Plain torch. Raises ValueError for unequal shapes or lengths.
+    """
+    inputs = [*tensors, *([] if base is None else [base])]
+    _check(inputs)
+    if len(weights) != len(tensors):
+        raise ValueError(f"expected one weight per tensor, got {len(tensors)} and {len(weights)}")
+    wide = arithmetic_dtype(inputs)
+    start = torch.zeros_like(tensors[0], dtype=wide) if base is None else base.to(wide)
+    total = torch.zeros_like(start)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.addcmul_(tensor.to(wide) - start, weight.to(total))
+    if normalize:
+        divisor = sum((weight.to(total) for weight in weights[1:]), weights[0].to(total))
+        total /= torch.where(divisor.abs() < SMALLEST_DIVISOR, 1.0, divisor)
+    return total.mul_(lam).add_(start).to(out_dtype or common_dtype([tensor.dtype for tensor in inputs]))
+
+
 def gram(base: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
     """Inner products (N, N) fp64 of N tensors of one shape, or of their differences to `base`.
 

@@ -258,6 +258,15 @@ class Shards:
         # bincount sums in float64, exact below 2^53
         return np.bincount(cell, weights=length, minlength=count * width).astype(np.int64).reshape(count, width)
 
+    def token_counts(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """How often each token id is a target of these windows, by its document's language: (languages, vocab_size) int64."""
+        targets, width = self.windows(indices, seq_len)[:, 1:], len(self.languages)
+        if width > 1:
+            positions = np.asarray(indices, dtype=np.int64)[:, None] * (seq_len + 1) + np.arange(1, seq_len + 1)
+            document = np.searchsorted(self.document_ends, positions, side="right")
+            targets = targets + self.document_languages[document].astype(np.int64) * self.vocab_size
+        return np.bincount(targets.reshape(-1), minlength=width * self.vocab_size).reshape(width, self.vocab_size)
+
 
 def check_tokenizer(shards: Shards, tokenizer: Tokenizer) -> None:
     """Raise HyperLlamaError unless `shards` were made with exactly this tokenizer file."""

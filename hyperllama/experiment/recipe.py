@@ -19,6 +19,9 @@ from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.flops import growth_quantum
 from hyperllama.merge.methods import METHODS
 
+FAMILIES = ("1x", "1x-cloned", "2x")
+SCRATCH = "2x-scratch"
+
 
 class SampleSettings(Settings):
     """The built-in sample text."""
@@ -51,6 +54,11 @@ class ExperimentConfig(Settings):
     english_tokens: int = Field(gt=0, description="tokens of the base at 1x, rounded to five shared quanta of FLOPs")
     adapt_tokens: int = Field(gt=0, description="tokens of an adaptation at 1x, rounded to shared quanta of FLOPs")
     replay: float = Field(0.1, gt=0, lt=1, description="share of base-language windows in an adaptation")
+    families: list[str] = Field(
+        [*FAMILIES, SCRATCH],
+        min_length=1,
+        description="small models, their clones, models grown in training, none grown",
+    )
     factor: int = Field(2, ge=2)
     noise_db: float | None = Field(10.0, description="growth noise; null: none, and a clone stays symmetric")
     merge_methods: list[str] = Field(["linear", "task_arithmetic", "ties"], min_length=1)
@@ -64,6 +72,9 @@ class ExperimentConfig(Settings):
             raise ValueError("give either sample (built-in text) or corpus (a folder), not both or none")
         if self.base_language in self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError("targets must be different languages, the base language not among them")
+        for family in self.families:
+            if family not in (*FAMILIES, SCRATCH):
+                raise ValueError(f"families: {family!r} is unknown; {nearest(family, (*FAMILIES, SCRATCH))}")
         for method in self.merge_methods:
             if method not in METHODS:
                 raise ValueError(f"merge_methods: {method!r} is unknown; {nearest(method, METHODS)}")
@@ -75,6 +86,11 @@ class ExperimentConfig(Settings):
     def languages(self) -> list[str]:
         """Base language first."""
         return [self.base_language, *self.targets]
+
+    @property
+    def adapted(self) -> list[str]:
+        """The families that are adapted to each language and merged."""
+        return [family for family in FAMILIES if family in self.families]
 
 
 @dataclass(frozen=True)
@@ -105,9 +121,6 @@ class Arm:
     start: str | None
     flops: int
     shares: dict[str, float]
-
-
-FAMILIES = ("1x", "1x-cloned", "2x")
 
 
 def load_experiment(recipe: str | Path, assignments: list[str] | None = None) -> ExperimentConfig:
@@ -155,17 +168,21 @@ def grid(config: ExperimentConfig, spend: Budgets) -> list[Arm]:
         Arm(f"{base}-2x", "2x", "base", base, f"{base}-seed-cloned", spend.english - spend.seed, english),
         Arm(f"{base}-1x-cloned", "1x-cloned", "clone", base, f"{base}-1x", 0, {}),
     ]
-    for family in FAMILIES:
+    for family in config.adapted:
         for language in targets:
             shares = {language: 1 - replay, base: replay}
             arms.append(
                 Arm(f"{language}-{family}", family, "language", language, f"{base}-{family}", spend.adapt, shares)
             )
-    for family in FAMILIES:
+    for family in config.adapted:
         shares = {language: (1 - replay) / len(targets) for language in targets} | {base: replay}
         arms.append(
             Arm(f"joint-{family}", family, "joint", None, f"{base}-{family}", len(targets) * spend.adapt, shares)
         )
-    arms.append(Arm(f"{base}-2x-scratch", "2x-scratch", "base", base, None, spend.english, english))
-    arms.append(Arm("joint-2x-scratch", "2x-scratch", "joint", None, None, total, everything))
-    return arms
+    arms.append(Arm(f"{base}-{SCRATCH}", SCRATCH, "base", base, None, spend.english, english))
+    arms.append(Arm(f"joint-{SCRATCH}", SCRATCH, "joint", None, None, total, everything))
+    wanted = {arm.id for arm in arms if arm.family in config.families}
+    for arm in reversed(arms):  # and what those start from
+        if arm.id in wanted and arm.start is not None:
+            wanted.add(arm.start)
+    return [arm for arm in arms if arm.id in wanted]

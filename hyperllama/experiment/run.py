@@ -30,7 +30,7 @@ from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
 from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate import evaluate_folder
 from hyperllama.evaluate.pairs import read_pairs
-from hyperllama.experiment.recipe import FAMILIES, Arm, Budgets, ExperimentConfig, budgets, grid
+from hyperllama.experiment.recipe import Arm, Budgets, ExperimentConfig, budgets, grid
 from hyperllama.experiment.report import write_report
 from hyperllama.files import atomic_folder, read_json, write_json, write_text
 from hyperllama.flops import window_flops
@@ -75,7 +75,7 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
             for arm in arms
         ],
         "training_flops": sum(arm.flops for arm in arms),
-        "merges": [f"merge-{method}-{family}" for family in FAMILIES for method in config.merge_methods],
+        "merges": [f"merge-{method}-{family}" for family in config.adapted for method in config.merge_methods],
         "reads": [config.corpus or "the built-in sample text"],
         "writes": config.out,
     }
@@ -182,6 +182,7 @@ class Study:
             "optimizer": c.optimizer.model_dump(),
             "schedule": c.schedule.model_dump(),
             "precision": c.precision,
+            "export": {"adam_v": True},  # for the merges that weigh by it
             "log_every": max(1, arm.flops // cost // c.global_batch // 20),
         }
         if arm.start is not None:
@@ -273,7 +274,9 @@ def run_experiment(config: ExperimentConfig) -> dict[str, Any]:
         if arm.shares and fresh:
             rates[cost] = (time.perf_counter() - started) / arm.flops
     study.say("merging")
-    merges = [(study.merge(method, family), method, family) for family in FAMILIES for method in config.merge_methods]
+    merges = [
+        (study.merge(method, family), method, family) for family in config.adapted for method in config.merge_methods
+    ]
     rows = [*(_row(study, arm) for arm in arms), *(_merge_row(study, *merge) for merge in merges)]
     with progress_bar(study.console) as bar:
         task = bar.add_task("evaluating", total=len(rows), figures="")

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hyperllama import __version__
+from hyperllama.companions import ADAM_V, TOKEN_COUNTS, Companion, CompanionFile, token_counts
 from hyperllama.dtypes import BYTES, common_dtype
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import check_free, check_room
 from hyperllama.flops import Ledger, shared_quantum, window_flops
-from hyperllama.grow.operators import Operator, TensorMap, grown_config
+from hyperllama.grow.operators import GrowVocabulary, Operator, TensorMap, grown_config
 from hyperllama.grow.verify import Gap, compare_logits, gap, report
 from hyperllama.hub import (
     Folder,
@@ -126,7 +127,8 @@ def grow_folder(
                 path, f"sums of copies differ by up to {verified['max_difference']:.3g} of the largest weight"
             )
         card = _card(folder, plan["growth"], growth.hashes)
-        writer.complete(hf_config(growth.config, growth.dtype), card, tokenizer or folder.path)
+        companions = _companions(folder, growth, operators)
+        writer.complete(hf_config(growth.config, growth.dtype), card, tokenizer or folder.path, companions)
         if logits:
             verified["logits"] = compare_logits(_load(folder), _load(open_folder(writer.folder)), operators)
             difference = verified["logits"]["max_logit_difference"]
@@ -300,6 +302,37 @@ def _load(folder: Folder) -> "Llama":
     arena = Arena(config, getattr(torch, _dtype(folder)), "cpu", training=False)
     read_weights(folder, config, arena.logical("weights"))
     return Llama(config, arena)
+
+
+def _companions(folder: Folder, growth: _Growth, operators: Sequence[Operator]) -> dict[str, Companion]:
+    """What travels with the grown model: counts by its token ids, and AdamW's second moment grown like the trainer's."""
+    found: dict[str, Companion] = {}
+    small, large = model_config(folder.config, folder.path), growth.config
+    if (folder.path / TOKEN_COUNTS).is_file():
+        file = CompanionFile(folder.path, TOKEN_COUNTS)
+        counts = {language: file.array(language, (small.vocab_size,)) for language in file.names}
+        for operator in operators:
+            if isinstance(operator, GrowVocabulary):  # a token that the run did not know was not counted
+                ids = [pieces[0] if len(pieces) == 1 else -1 for pieces in operator.pieces]
+                counts = {language: np.append(old, 0)[ids] for language, old in counts.items()}
+        found[TOKEN_COUNTS] = token_counts(counts, large.vocab_size)
+    if (folder.path / ADAM_V).is_file():
+        import torch
+
+        from hyperllama.grow.tensors import grow_through
+
+        file = CompanionFile(folder.path, ADAM_V)
+        shapes = {tensor.name: tensor.shape for tensor in logical_tensors(small)}
+
+        def read(name: str) -> "Tensor":
+            v = torch.from_numpy(file.array(name, shapes[name]))
+            return v / growth.factor**2 if name == FINAL_NORM else v
+
+        grown = {t.name: grow_through(growth.maps, t.name, read, kind="v").numpy() for t in logical_tensors(large)}
+        grown[FINAL_NORM] = grown[FINAL_NORM] * large.lm_head_normalization_factor**2
+        metadata = {key: value for key, value in file.metadata.items() if key != "format"}
+        found[ADAM_V] = Companion(grown, metadata)
+    return found
 
 
 def _card(folder: Folder, growth: list[dict[str, Any]], hashes: dict[str, str]) -> dict[str, Any]:

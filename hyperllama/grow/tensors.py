@@ -48,8 +48,10 @@ def grow_tensor(name: str, how: TensorMap, read: Read, kind: Kind = "weights") -
     return _gather(how, source, read, np.ones(len(how.rows)), cols)
 
 
-def grow_through(maps: Sequence[dict[str, TensorMap]], name: str, read: Read, check: Check | None = None) -> Tensor:
-    """The weight `name` after several operators in turn; `maps` are theirs, first to last, `read` gives the old weights.
+def grow_through(
+    maps: Sequence[dict[str, TensorMap]], name: str, read: Read, check: Check | None = None, kind: Kind = "weights"
+) -> Tensor:
+    """The tensor `name` after several operators in turn; `maps` are theirs, first to last, `read` gives the old tensors.
 
     check: called with every map, the tensor it was applied to and the one that came out.
     """
@@ -59,10 +61,10 @@ def grow_through(maps: Sequence[dict[str, TensorMap]], name: str, read: Read, ch
     sources: dict[str, Tensor] = {}
 
     def old(source: str) -> Tensor:
-        sources[source] = grow_through(before, source, read, check)
+        sources[source] = grow_through(before, source, read, check, kind)
         return sources[source]
 
-    grown = grow_tensor(name, last[name], old)
+    grown = grow_tensor(name, last[name], old, kind)
     if check is not None:
         check(last[name], sources[last[name].source], grown)
     return grown

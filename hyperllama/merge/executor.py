@@ -14,11 +14,12 @@ import json
 from collections.abc import Callable
 from ctypes import byref, c_double
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperllama import __version__
+from hyperllama.companions import merged_counts
 from hyperllama.errors import HyperLlamaError
-from hyperllama.files import check_free, check_room
+from hyperllama.files import check_free, check_room, sha256_file
 from hyperllama.flops import Ledger
 from hyperllama.hub import Folder, FolderWriter, origin, stamps, streamed_folder
 from hyperllama.kernels.hashing import hash_bytes
@@ -28,6 +29,12 @@ from hyperllama.merge.methods import Call, TensorCall
 from hyperllama.merge.planner import Plan
 from hyperllama.merge.steps import Input, Step
 from hyperllama.weights import NewTensor, hex_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperllama.merge.learned import Learned
+    from hyperllama.merge.search import Found
 
 Progress = Callable[[int, int], None]
 Hashes = dict[str, dict[str, str]]
@@ -41,12 +48,17 @@ def _is_op(call: Call | TensorCall) -> bool:
     return isinstance(call, Call) and call.working is None and not call.gammas and not call.epsilons
 
 
-def _merge(step: Step, folders: dict[str, Folder], writer: FolderWriter) -> Hashes:
-    """Carry out a step into its place; returns the hashes of the tensors it read."""
+def _merge(
+    step: Step, folders: dict[str, Folder], writer: FolderWriter, coefficients: "list[Tensor] | None" = None
+) -> Hashes:
+    """Carry out a step into its place; returns the hashes of the tensors it read.
+
+    coefficients: what learning multiplies each model's part by.
+    """
     call = step.call
     dtypes = {step.dtype, *(folders[read.model].dtype(read.tensor) for read in step.reads)}
-    if not _is_op(call) or not dtypes <= set(DTYPES) or not usable():
-        return _merge_in_memory(step, folders, writer)
+    if coefficients or step.importance or not _is_op(call) or not dtypes <= set(DTYPES) or not usable():
+        return _merge_in_memory(step, folders, writer, coefficients)
     assert isinstance(call, Call)
     inputs = [folders[read.model].raw(read.tensor) for read in step.inputs]
     base = None if step.base is None else folders[step.base.model].raw(step.base.tensor)
@@ -75,12 +87,14 @@ def _merge(step: Step, folders: dict[str, Folder], writer: FolderWriter) -> Hash
     return hashes
 
 
-def _merge_in_memory(step: Step, folders: dict[str, Folder], writer: FolderWriter) -> Hashes:
+def _merge_in_memory(
+    step: Step, folders: dict[str, Folder], writer: FolderWriter, coefficients: "list[Tensor] | None"
+) -> Hashes:
     import torch
 
     from hyperllama.merge.tensors import merged
 
-    result = merged(step, folders).contiguous().reshape(-1).view(torch.uint8).numpy()
+    result = merged(step, folders, coefficients).contiguous().reshape(-1).view(torch.uint8).numpy()
     hashes: Hashes = {}
     for read in step.reads:
         content = folders[read.model].bytes(read.tensor)
@@ -94,8 +108,8 @@ def _expect(reads: tuple[Input, ...], folders: dict[str, Folder]) -> None:
         folders[read.model].file(read.tensor).expect(read.tensor, AHEAD)
 
 
-def _card(plan: Plan, hashes: Hashes) -> dict[str, Any]:
-    """Where the merge comes from: recipe, what was read, FLOPs of every distinct ancestor run, tokens by language."""
+def _card(plan: Plan, hashes: Hashes, learned: "Learned | None") -> dict[str, Any]:
+    """Where the merge comes from: recipe, what was read, FLOPs of every ancestor run and of learning, tokens by language."""
     made_from: list[dict[str, str]] = []
     ledgers: list[Ledger] = []
     by_model: dict[str, dict[str, int]] = {}
@@ -106,16 +120,21 @@ def _card(plan: Plan, hashes: Hashes) -> dict[str, Any]:
         by_model[label] = dict(folder.card.get("token_counts", {}))
         for language, count in by_model[label].items():
             tokens[language] = tokens.get(language, 0) + count
+    learn = plan.recipe.hyperllama.learn
+    made_from += [{"path": text, "sha256": sha256_file(text)} for text in (learn.texts if learn else [])]
     identity = json.dumps([plan.recipe.model_dump(mode="json"), made_from], sort_keys=True)
+    ledger = Ledger.child(f"merge-{hashlib.sha256(identity.encode()).hexdigest()[:16]}", ledgers)
+    ledger.spent = learned.flops if learned else 0
     return {
         "kind": "merge",
-        "ledger": Ledger.child(f"merge-{hashlib.sha256(identity.encode()).hexdigest()[:16]}", ledgers).to_json(),
+        "ledger": ledger.to_json(),
         "token_counts": tokens,
         "token_counts_by_model": by_model,
         "made_from": made_from,
         "recipe": plan.recipe.source,
-        "hyperllama": plan.recipe.hyperllama.model_dump(),
+        "hyperllama": plan.recipe.hyperllama.describe(),
         "notes": plan.notes,
+        **({"learned": learned.describe()} if learned else {}),
     }
 
 
@@ -143,13 +162,27 @@ def _job(plan: Plan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _learned(plan: Plan) -> "Learned | None":
+    if plan.recipe.hyperllama.learn is None:
+        return None
+    from hyperllama.merge.learned import learn
+
+    return learn(plan)
+
+
 def run(
-    plan: Plan, out: str | Path, *, overwrite: bool = False, sync: bool = False, progress: Progress | None = None
+    plan: Plan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    sync: bool = False,
+    progress: Progress | None = None,
+    found: "Found | None" = None,
 ) -> dict[str, Any]:
     """Merge the plan's folders into the folder `out`, which appears whole or not at all; what a killed merge left is gone on with.
 
     sync: have the disk hold the result before it appears (see files.atomic_folder). progress: called after every tensor with the
-    bytes written so far and `plan.bytes_written`.
+    bytes written so far and `plan.bytes_written`. found: the search that the plan comes from, for its cost and what it learnt.
     Returns what was done: {"path", "tensors", "resumed", "bytes_read", "bytes_written", "ledger", "notes"}.
     Raises HyperLlamaError when `out` exists without `overwrite`, is one of the models, has no room, a result is not finite, or an
     input is not what its card says.
@@ -158,6 +191,7 @@ def run(
     check_output(plan, out, overwrite)
     tensors = [NewTensor(step.name, step.dtype, step.shape) for step in plan.steps]
     same = {label: next(k for k, f in plan.folders.items() if f is folder) for label, folder in plan.folders.items()}
+    learned = found.learned if found else _learned(plan)
     hashes: Hashes = {}
     done = 0
     with streamed_folder(out, tensors, _job(plan), overwrite=overwrite, sync=sync) as writer:
@@ -166,15 +200,21 @@ def run(
             if i + 1 < len(plan.steps):
                 _expect(plan.steps[i + 1].reads, plan.folders)
             known = writer.done.get(step.name)
-            for label, found in (known["reads"] if known else _merge(step, plan.folders, writer)).items():
-                for name, digest in found.items():
+            coefficients = learned.weights[step.name] if learned else None
+            reads = known["reads"] if known else _merge(step, plan.folders, writer, coefficients)
+            for label, read in reads.items():
+                for name, digest in read.items():
                     plan.folders[label].check_hash(name, digest)
-                hashes.setdefault(same[label], {}).update(found)
+                hashes.setdefault(same[label], {}).update(read)
             done += tensor.n_bytes
             if progress is not None:
                 progress(done, plan.bytes_written)
-        card = _card(plan, hashes)
-        writer.complete(plan.config, card, plan.tokenizer_from)
+        card = _card(plan, hashes, learned)
+        if found:
+            card["ledger"]["spent"] = found.flops
+            card["search"] = {"evaluations": found.evaluations, "tried": found.rows}
+        paths = [folder.path for folder in _distinct(plan).values()]
+        writer.complete(plan.config, card, plan.tokenizer_from, merged_counts(paths, plan.config["vocab_size"]))
     return {
         "path": str(out),
         "tensors": len(plan.steps),

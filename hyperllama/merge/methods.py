@@ -76,6 +76,7 @@ class Method:
     inputs: the least and the largest number of inputs; a base that is no input does not count.
     problem: what is wrong with the values of a tensor, as the end of a sentence that begins with the method and the tensor.
     random: whether the op draws: it then gets a key per input from (seed, output tensor, model).
+    weighable: whether its weights can be tensors, by row or element.
     """
 
     model_parameters: dict[str, Any]
@@ -85,6 +86,7 @@ class Method:
     inputs: tuple[int, int] = (1, 1 << 16)
     problem: Problem = lambda values, merge: None
     random: bool = False
+    weighable: bool = False
 
     @property
     def needs_base(self) -> bool:
@@ -206,7 +208,7 @@ def _tensor_call(function: str) -> Lower:
 
 
 METHODS: dict[str, Method] = {
-    "linear": Method({"weight": REQUIRED}, {"normalize": True}, _linear, problem=_sum_is_zero),
+    "linear": Method({"weight": REQUIRED}, {"normalize": True}, _linear, problem=_sum_is_zero, weighable=True),
     "passthrough": Method({"scale": 1.0}, {}, _passthrough, inputs=(1, 1)),
     "task_arithmetic": Method(
         {"weight": REQUIRED},
@@ -214,6 +216,7 @@ METHODS: dict[str, Method] = {
         _task_vectors("task_arithmetic"),
         base="required",
         problem=_task_problem,
+        weighable=True,
     ),
     "ties": _trimmed("ties", normalize=True, rescale=False),
     "dare_linear": _trimmed("task_arithmetic", normalize=False, rescale=True, random=True),

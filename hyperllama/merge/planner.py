@@ -51,7 +51,7 @@ class Plan:
                     ranges[owner][name] = (min(low, value), max(high, value))
         return {
             "method": self.recipe.merge_method,
-            "hyperllama": self.recipe.hyperllama.model_dump(),
+            "hyperllama": self.recipe.hyperllama.describe(),
             "models": list(self.folders),
             "base_model": self.recipe.base_model,
             "tensors": len(self.steps),
@@ -151,6 +151,13 @@ def plan(recipe: Recipe, cwd: str | Path = ".") -> Plan:
     tokenizer_from = _tokenizer(folders)
     tied = {label for label, config in configs.items() if config.tie_embeddings}
     steps = tensor_steps(recipe, folders, tied)
+    if recipe.hyperllama.importance:
+        from hyperllama.merge.importance import check_companions  # brings torch
+
+        for step in steps:
+            if step.importance is not None:
+                reads = [(folders[read.model].path, read.tensor) for read in step.inputs]
+                check_companions(step.importance, reads, step.shape)
 
     notes = list(recipe.notes)
     has_head = steps[-1].name == HEAD

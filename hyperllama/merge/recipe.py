@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from hyperllama.config import parse_yaml, read_text
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.merge.methods import METHODS
+from hyperllama.names import EMBEDDING, HEAD
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -132,8 +133,48 @@ class Slice(_Strict):
         return self
 
 
+class Importance(_Strict):
+    """Shares that weigh the models by row or element: see importance.py for `by`, `power` and `smoothing`.
+
+    filter: a substring of the tensors' names that it is for; None: all. By token_counts it is for embedding and head alone.
+    """
+
+    by: Literal["token_counts", "adam_v"]
+    filter: str | None = None
+    power: float = Field(1.0, gt=0, allow_inf_nan=False)
+    smoothing: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+    @property
+    def offset(self) -> float:
+        """What is added to the scores."""
+        return {"token_counts": 1.0, "adam_v": 0.1}[self.by] if self.smoothing is None else self.smoothing
+
+    def matches(self, tensor: str) -> bool:
+        """Whether it is for a tensor."""
+        return (self.filter or "") in tensor and (self.by != "token_counts" or tensor in (EMBEDDING, HEAD))
+
+
+class Learn(_Strict):
+    """Weights found by gradient: see learned.py.
+
+    texts: one file a language, read from the working folder. by: one coefficient a tensor, or one an output row. windows: of
+    `seq_len` tokens (None: the model's longest) in each of the `steps`, evenly from the texts. rate: Adam's; numbers start at 1.
+    """
+
+    texts: list[str] = Field(min_length=1)
+    by: Literal["tensor", "row"] = "tensor"
+    steps: int = Field(24, gt=0)
+    windows: int = Field(24, gt=0)
+    rate: float = Field(0.1, gt=0, allow_inf_nan=False)
+    seq_len: int | None = Field(None, gt=0)
+    seed: int = 0
+
+
 class Extensions(_Strict):
     """What HyperLlama understands beyond mergekit, under `hyperllama:`.
+
+    importance: what weighs the models further, by row or element; a tensor takes the first entry that matches it.
+    learn: the weights are where learning begins.
 
     seed: of the random masks of DARE and DELLA. compat: "mergekit" rounds every operation of linear and of the task-vector
     methods to the working dtype, as it does; the others differ from it by rounding alone.
@@ -141,6 +182,12 @@ class Extensions(_Strict):
 
     seed: int = 0
     compat: Literal["mergekit"] | None = None
+    importance: list[Importance] = Field(default_factory=list)
+    learn: Learn | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values; what is not asked for is left out."""
+        return {key: value for key, value in self.model_dump().items() if value or key in ("seed", "compat")}
 
 
 class Recipe(_Strict):
@@ -183,6 +230,13 @@ class Recipe(_Strict):
         if self.tokenizer_source == "base" and not self.base_model:
             raise ValueError("tokenizer_source is 'base', but there is no base_model")
         method = METHODS[self.merge_method]
+        if self.hyperllama.importance and (not method.weighable or self.hyperllama.compat):
+            other = "compat: mergekit" if self.hyperllama.compat else self.merge_method
+            usable = " and ".join(name for name, method in METHODS.items() if method.weighable)
+            raise ValueError(f"hyperllama.importance works with {usable}, not with {other}")
+        if self.hyperllama.learn and (not method.weighable or not method.needs_base or self.hyperllama.compat):
+            other = "compat: mergekit" if self.hyperllama.compat else self.merge_method
+            raise ValueError(f"hyperllama.learn works with task_arithmetic, not with {other}")
         for where, parameters, per_model in self._levels():
             for name in parameters:
                 valid = {*method.model_parameters, *(() if per_model else method.merge_parameters)}

@@ -12,7 +12,7 @@ from hyperllama.dtypes import common_dtype
 from hyperllama.errors import HyperLlamaError
 from hyperllama.keys import key_of
 from hyperllama.merge.methods import METHODS, REQUIRED, Call, Method, TensorCall
-from hyperllama.merge.recipe import Recipe, Slice, SliceSource, first_set
+from hyperllama.merge.recipe import Importance, Recipe, Slice, SliceSource, first_set
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
 
 SHARES = {"density", "gamma", "select_topk"}
@@ -41,6 +41,7 @@ class Step:
     """How one output tensor is made: `method` over `inputs` (and `base`), each input with its own `values`.
 
     seed: of the random masks. working: the dtype that every operation rounds to under `compat: mergekit`, else None.
+    importance: what else weighs its rows or elements, model by model.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Step:
     merge_values: dict[str, Any]
     seed: int = 0
     working: str | None = None
+    importance: Importance | None = None
 
     @property
     def reads(self) -> tuple[Input, ...]:
@@ -205,7 +207,10 @@ class _Steps:
         dtype = self.dtype or stored
         working = (recipe.dtype or stored).removeprefix("torch.") if recipe.hyperllama.compat else None
         seed = recipe.hyperllama.seed
-        return Step(name, shape, dtype, method, tuple(inputs), base, tuple(values), merge_values, seed, working)
+        importance = next((entry for entry in recipe.hyperllama.importance if entry.matches(name)), None)
+        return Step(
+            name, shape, dtype, method, tuple(inputs), base, tuple(values), merge_values, seed, working, importance
+        )
 
     def _values(
         self, parameters: dict[str, Any], levels: tuple[dict[str, Any], ...], tensor: str, t: float, where: str

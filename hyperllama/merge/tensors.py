@@ -9,6 +9,7 @@ from torch import Tensor
 from hyperllama.errors import HyperLlamaError
 from hyperllama.kernels import merge as kernels
 from hyperllama.merge import elementwise
+from hyperllama.merge.importance import shares
 from hyperllama.merge.methods import Call, TensorCall
 from hyperllama.merge.recipe import Recipe
 from hyperllama.merge.steps import Step, tensor_steps
@@ -32,17 +33,60 @@ class _InMemory:
         return self._tensors[name].detach()
 
 
-def merged(step: Step, sources: Mapping[str, Any]) -> Tensor:
-    """The tensor of one step; sources: model name -> what has `tensor(name)`.
+def merged(step: Step, sources: Mapping[str, Any], coefficients: Sequence[Tensor] | None = None) -> Tensor:
+    """The tensor of one step; sources: model name -> what has `tensor(name)`, a folder where the step has an importance.
 
+    coefficients: what multiplies each model's part of a merge by task arithmetic, where that was learnt.
     Raises HyperLlamaError when it is not finite.
     """
     tensors = [sources[read.model].tensor(read.tensor) for read in step.inputs]
     base = None if step.base is None else sources[step.base.model].tensor(step.base.tensor)
-    result = combine(step.call, base, tensors, getattr(torch, step.dtype))
+    dtype = getattr(torch, step.dtype)
+    if coefficients is not None:
+        base, differences = effective_differences(step, sources)
+        ends = [base + difference for difference in differences]
+        result = kernels.weighted(base, ends, coefficients, normalize=False, out_dtype=dtype)
+    elif step.importance is not None:
+        call = step.call
+        assert isinstance(call, Call)  # of linear or task_arithmetic
+        result = kernels.weighted(base, tensors, _weights(step, sources), call.lam, call.normalize, dtype)
+    else:
+        result = combine(step.call, base, tensors, dtype)
     if not torch.isfinite(result).all():
         raise step.not_finite()
     return result
+
+
+def merged_tensors(
+    steps: Sequence[Step], sources: Mapping[str, Any], coefficients: Mapping[str, Sequence[Tensor]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, merged tensor) of steps in their order, as files would hold them; `coefficients` by name."""
+    for step in steps:
+        yield step.name, merged(step, sources, coefficients[step.name] if coefficients else None)
+
+
+def _weights(step: Step, sources: Mapping[str, Any]) -> list[Tensor]:
+    """The models' weights as tensors: the recipe's numbers, times their shares where the step has an importance."""
+    call = step.call
+    assert isinstance(call, Call)
+    numbers = [torch.tensor(weight) for weight in call.weights]
+    if step.importance is None:
+        return numbers
+    reads = [(sources[read.model].path, read.tensor) for read in step.inputs]
+    return [weight * share for weight, share in zip(numbers, shares(step.importance, reads, step.shape), strict=True)]
+
+
+def effective_differences(step: Step, sources: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """The base and what the recipe adds to it of each model, fp32: their sum is the merge by task arithmetic."""
+    assert step.base is not None and isinstance(step.call, Call)
+    base, weights = sources[step.base.model].tensor(step.base.tensor).float(), _weights(step, sources)
+    divisor = torch.ones(())
+    if step.call.normalize:
+        total = sum(weights[1:], weights[0])
+        divisor = torch.where(total.abs() < kernels.SMALLEST_DIVISOR, 1.0, total)
+    tensors = [sources[read.model].tensor(read.tensor).float() for read in step.inputs]
+    pairs = zip(tensors, weights, strict=True)
+    return base, [(tensor - base) * (step.call.lam * weight / divisor) for tensor, weight in pairs]
 
 
 def combine(call: Call | TensorCall, base: Tensor | None, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -77,6 +121,8 @@ def merge_tensors(recipe: Recipe, models: Mapping[str, Mapping[str, Tensor]]) ->
     """
     if missing := [name for name in recipe.model_names if name not in models]:
         raise HyperLlamaError(f"the recipe names model {missing[0]}, given are {', '.join(models)}")
+    if recipe.hyperllama.importance or recipe.hyperllama.learn:
+        raise HyperLlamaError("hyperllama.importance and hyperllama.learn read files: merge folders, not live models")
     sources = {label: _InMemory(tensors) for label, tensors in models.items()}
     steps = tensor_steps(recipe, sources, {label for label in models if HEAD not in models[label]})
     return ((step.name, merged(step, sources)) for step in steps)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from hyperllama import __version__
 from hyperllama.arena import Arena
-from hyperllama.checkpoint import Checkpointer, checkpoints, export_model, load, newest, slices
+from hyperllama.checkpoint import Checkpointer, adam_v, checkpoints, export_model, load, newest, slices
+from hyperllama.companions import ADAM_V, TOKEN_COUNTS
+from hyperllama.companions import token_counts as token_counts_companion
 from hyperllama.config import RunConfig, read_yaml
 from hyperllama.data.loader import Loader, micro_batches
 from hyperllama.errors import Diverged, HyperLlamaError, Stopped
@@ -93,7 +95,12 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     def export(path: Path) -> dict[str, Any]:
         card = _card(plan, ledger, token_counts())
         if mine.is_main:
-            export_model(path, arena, card, plan.tokenizer.path, plan.dtype)
+            companions = {
+                TOKEN_COUNTS: token_counts_companion(plan.mixture.token_counts(windows), plan.model.vocab_size)
+            }
+            if config.export.adam_v:
+                companions[ADAM_V] = adam_v(arena, int(at), o.beta2)
+            export_model(path, arena, card, plan.tokenizer.path, plan.dtype, companions)
         return card
 
     with (
