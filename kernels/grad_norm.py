@@ -1,16 +1,19 @@
 """The L2 norm of the whole gradient, in one deterministic reduction.
 
-    norm = sqrt(sum g^2)         fp64 partial sums, rounded once to the dtype of g
+    norm = sqrt(sum w g^2)       fp64 partial sums, rounded once to the dtype of g
 
-grad: flat fp32 (fp64). GPU: Triton, in an order that depends on the length alone, not on the GPU; CPU: C++.
+grad: flat fp32 (fp64). w = weights[groups[i / 128]] for element i, groups as in adamw.py, weights fp64; by default 1. GPU: Triton
+(with weights plain torch), in an order that depends on the length alone, not on the GPU; CPU: C++.
 """
 
 from ctypes import c_double, c_int64
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hyperllama.kernels.adamw import scale_of_elements
 from hyperllama.kernels.backend import choose, constexpr, csrc, define, jit, pointer, tl
 
 CHUNK = 1 << 20  # elements converted to fp64 at a time
@@ -18,10 +21,14 @@ CHUNK = 1 << 20  # elements converted to fp64 at a time
 # ---- reference
 
 
-def grad_norm_reference(grad: Tensor) -> Tensor:
+def grad_norm_reference(grad: Tensor, groups: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     """The norm in plain torch: fixed chunks summed in order."""
-    flat = grad.flatten()
-    parts = [flat[i : i + CHUNK].to(torch.float64).square().sum() for i in range(0, flat.numel(), CHUNK)]
+    flat, parts = grad.flatten(), []
+    for start in range(0, flat.numel(), CHUNK):
+        squares = flat[start : start + CHUNK].to(torch.float64).square()
+        if groups is not None and weights is not None:
+            squares *= scale_of_elements(groups, weights[:, None], start, len(squares))[0]
+        parts.append(squares.sum())
     total = torch.stack(parts).sum() if parts else flat.new_zeros((), dtype=torch.float64)
     return total.sqrt().to(grad.dtype)
 
@@ -78,19 +85,26 @@ def _grad_norm_triton(grad: Tensor) -> Tensor:
 # ---- C++
 
 
-def _grad_norm_csrc(grad: Tensor) -> Tensor:
+def _grad_norm_csrc(grad: Tensor, groups: Tensor | None, weights: Tensor | None) -> Tensor:
     function = csrc("grad_norm")
     function.restype = c_double
-    return torch.tensor(function(pointer(grad), c_int64(grad.numel()), torch.get_num_threads()), dtype=grad.dtype)
+    norm = function(pointer(grad), c_int64(grad.numel()), pointer(groups), pointer(weights), torch.get_num_threads())
+    return torch.tensor(norm, dtype=grad.dtype)
 
 
 # ---- the op
 
 
-def _run(grad: Tensor) -> Tensor:
+def _run(grad: Tensor, groups: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     fits = grad.dtype == torch.float32 and grad.is_contiguous()
-    kernels = {"triton": _grad_norm_triton, "csrc": _grad_norm_csrc} if fits else {}
-    return choose({"reference": grad_norm_reference} | kernels, grad)(grad)
+    kernels: dict[str, Any] = {"csrc": _grad_norm_csrc} if fits else {}
+    if fits and groups is None:
+        kernels["triton"] = lambda grad, *_: _grad_norm_triton(grad)
+    return choose({"reference": grad_norm_reference} | kernels, grad)(grad, groups, weights)
 
 
-grad_norm = define("grad_norm(Tensor grad) -> Tensor", _run, lambda grad: grad.new_empty(()))
+grad_norm = define(
+    "grad_norm(Tensor grad, Tensor? groups=None, Tensor? weights=None) -> Tensor",
+    _run,
+    lambda grad, groups=None, weights=None: grad.new_empty(()),
+)
