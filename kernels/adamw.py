@@ -11,7 +11,7 @@ With groups of parameters, element i is in group k = groups[i / 128], whose scal
 Flat buffers of one length: master, grad, m, v fp32 (fp64), weights bf16 or None where the masters are the weights. lr, t (int64)
 and clip are 0-dim tensors read on the device, so a CUDA graph of the step stays valid. A clip of 0 skips the step: nothing is
 written, whatever the gradient holds. groups: uint8, one for every line of 128 elements (a buffer starts on a line); scales:
-(groups, 3) in the masters' dtype. GPU: Triton, one launch (with groups plain torch); CPU: C++.
+(groups, 3) in the masters' dtype. GPU: Triton, one launch; CPU: C++.
 """
 
 from collections.abc import Sequence
@@ -82,8 +82,8 @@ def _rest(log_high, log_low, step):
 @jit
 def _adamw_kernel(
     master_ptr, grad_ptr, m_ptr, v_ptr, weights_ptr, lr_ptr, step_ptr, clip_ptr, n, log1_high, log1_low, log2_high, log2_low,
-    beta1, beta2, rest1, rest2, eps, weight_decay,
-    HAS_WEIGHTS: constexpr, COLS: constexpr,
+    beta1, beta2, rest1, rest2, eps, weight_decay, groups_ptr, scales_ptr,
+    HAS_WEIGHTS: constexpr, HAS_GROUPS: constexpr, PER_LINE: constexpr, COLS: constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)  # an arena passes 2^31 elements at 2.1G parameters
     inside = at < n
@@ -99,6 +99,11 @@ def _adamw_kernel(
     g *= clip
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * (g * g)
+    if HAS_GROUPS:
+        row = 3 * tl.load(groups_ptr + at // PER_LINE, mask=inside, other=0).to(tl.int32)
+        correct1 *= tl.load(scales_ptr + row)
+        eps *= tl.load(scales_ptr + row + 1)
+        weight_decay *= tl.load(scales_ptr + row + 2)
     p -= lr * (m * correct1 / (tl.sqrt(v * correct2) + eps) + weight_decay * p)
     if clip != 0:
         tl.store(m_ptr + at, m, mask=inside)
@@ -131,13 +136,14 @@ def _log(beta: float) -> tuple[float, float]:
 
 def _adamw_triton(
     master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, lr: Tensor, beta1: float, beta2: float,
-    eps: float, weight_decay: float, step: Tensor, clip: Tensor,
+    eps: float, weight_decay: float, step: Tensor, clip: Tensor, groups: Tensor | None = None, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     launch = Launch.of(master.numel())
     _adamw_kernel[(launch.programs,)](
         master, grad, m, v, master if weights is None else weights, lr.to(torch.float32), step.to(torch.int64),
         clip.to(torch.float32), master.numel(), *_log(beta1), *_log(beta2), beta1, beta2, 1 - beta1, 1 - beta2, eps,
-        weight_decay, HAS_WEIGHTS=weights is not None, COLS=launch.cols, num_warps=launch.warps,
+        weight_decay, master if groups is None else groups, master if scales is None else scales,
+        HAS_WEIGHTS=weights is not None, HAS_GROUPS=groups is not None, PER_LINE=LINE, COLS=launch.cols, num_warps=launch.warps,
     )  # fmt: skip
 
 
@@ -165,9 +171,7 @@ def _update(*inputs: Any) -> None:
     fits = all(t.is_contiguous() and t.dtype == torch.float32 for t in wide) and (
         weights is None or (weights.is_contiguous() and weights.dtype == torch.bfloat16)
     )
-    kernels: dict[str, Any] = {"csrc": _adamw_csrc} if fits else {}
-    if fits and len(wide) == 4:
-        kernels["triton"] = lambda *arguments: _adamw_triton(*arguments[:12])
+    kernels = {"triton": _adamw_triton, "csrc": _adamw_csrc} if fits else {}
     if state[0].numel():
         choose({"reference": adamw_reference} | kernels, state[0])(*inputs)
 

@@ -2,18 +2,17 @@
 
     norm = sqrt(sum w g^2)       fp64 partial sums, rounded once to the dtype of g
 
-grad: flat fp32 (fp64). w = weights[groups[i / 128]] for element i, groups as in adamw.py, weights fp64; by default 1. GPU: Triton
-(with weights plain torch), in an order that depends on the length alone, not on the GPU; CPU: C++.
+grad: flat fp32 (fp64). w = weights[groups[i / 128]] for element i, groups as in adamw.py, weights fp64; by default 1. GPU: Triton,
+in an order that depends on the length alone, not on the GPU; CPU: C++.
 """
 
 from ctypes import c_double, c_int64
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.adamw import scale_of_elements
+from hyperllama.kernels.adamw import LINE, scale_of_elements
 from hyperllama.kernels.backend import choose, constexpr, csrc, define, jit, pointer, tl
 
 CHUNK = 1 << 20  # elements converted to fp64 at a time
@@ -37,13 +36,20 @@ def grad_norm_reference(grad: Tensor, groups: Tensor | None = None, weights: Ten
 
 
 @jit
-def _partial_kernel(grad_ptr, partial_ptr, n, n_blocks, COLS: constexpr):
+def _partial_kernel(
+    grad_ptr, partial_ptr, groups_ptr, weights_ptr, n, n_blocks,
+    HAS_GROUPS: constexpr, PER_LINE: constexpr, COLS: constexpr,
+):  # fmt: skip
     """Program p sums the squares of blocks p, p + programs, ..., lane by lane."""
     total = tl.zeros((COLS,), dtype=tl.float64)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         at = tl.cast(block, tl.int64) * COLS + tl.arange(0, COLS)
         g = tl.load(grad_ptr + at, mask=at < n, other=0.0).to(tl.float64)
-        total += g * g
+        if HAS_GROUPS:
+            g *= g * tl.load(weights_ptr + tl.load(groups_ptr + at // PER_LINE, mask=at < n, other=0).to(tl.int32))
+        else:
+            g *= g
+        total += g
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
@@ -70,14 +76,16 @@ class Launch:
         return cls(2048, 4, min(1024, -(-n // 2048)))
 
 
-def _grad_norm_triton(grad: Tensor) -> Tensor:
+def _grad_norm_triton(grad: Tensor, groups: Tensor | None, weights: Tensor | None) -> Tensor:
     norm = grad.new_zeros(())
     if grad.numel():
         launch = Launch.of(grad.numel())
         partial = grad.new_empty(launch.programs, dtype=torch.float64)
         _partial_kernel[(launch.programs,)](
-            grad, partial, grad.numel(), -(-grad.numel() // launch.cols), COLS=launch.cols, num_warps=launch.warps
-        )
+            grad, partial, grad if groups is None else groups, grad if weights is None else weights, grad.numel(),
+            -(-grad.numel() // launch.cols), HAS_GROUPS=groups is not None, PER_LINE=LINE, COLS=launch.cols,
+            num_warps=launch.warps,
+        )  # fmt: skip
         _finish_kernel[(1,)](partial, norm, launch.programs, COLS=1024, num_warps=4)
     return norm
 
@@ -97,9 +105,7 @@ def _grad_norm_csrc(grad: Tensor, groups: Tensor | None, weights: Tensor | None)
 
 def _run(grad: Tensor, groups: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     fits = grad.dtype == torch.float32 and grad.is_contiguous()
-    kernels: dict[str, Any] = {"csrc": _grad_norm_csrc} if fits else {}
-    if fits and groups is None:
-        kernels["triton"] = lambda grad, *_: _grad_norm_triton(grad)
+    kernels = {"triton": _grad_norm_triton, "csrc": _grad_norm_csrc} if fits else {}
     return choose({"reference": grad_norm_reference} | kernels, grad)(grad, groups, weights)
 
 
