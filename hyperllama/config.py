@@ -195,7 +195,9 @@ class GrowSettings(Settings):
     at_flops: int = Field(gt=0, description="spent FLOPs of this run at which the model grows")
     factor: int = Field(2, ge=2, description="hidden size and heads times this")
     ffn_factor: int | None = Field(None, gt=0, description="FFN width times this; default: factor")
-    noise_db: float | None = Field(None, description="+- noise between pairs of copies; null: the paper's plain clone")
+    noise_db: float | None = Field(
+        10.0, description="+- noise between pairs of copies, which keeps the function; null: the paper's plain clone"
+    )
     optimizer: Literal["carry", "fresh"] = Field(
         "carry", description="fresh: moments and their step count restart at 0"
     )
