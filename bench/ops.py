@@ -324,7 +324,7 @@ def linear_cross_entropy_case(tokens: int, c: ModelConfig, dtype: torch.dtype) -
         return call
 
     def gemms() -> Thunk:
-        chunks = [slice(*part) for part in head.chunks(start, weight, None)]
+        chunks = head.chunks(start, weight, None)
         dx, dweight = torch.empty_like(start), torch.empty_like(weight)
         z = start.new_empty(max(rows for _, rows in chunks), c.vocab_size)
 

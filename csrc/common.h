@@ -81,6 +81,8 @@ inline float rounded(float x) {
     return load(&result);
 }
 
+constexpr int64_t kGroupLine = 128;  // elements of a flat buffer that share a group of parameters: LINE in kernels/adamw.py
+
 // Waking a thread costs about as much as this many elements of work.
 constexpr int64_t kElementsPerThread = 16384;
 

@@ -171,7 +171,8 @@ class OptimizerSettings(Settings):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0, description="decoupled, on all parameters as in the paper's runs")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled: lr times this, also of a grown tensor")
+    decay: Literal["all", "matrices"] = Field("all", description="what decays; all, norms too, as in the paper's runs")
     clip_norm: float | None = Field(1.0, gt=0, description="global L2 norm; null: no clipping")
     z_loss: float = Field(0.0, ge=0)
 
@@ -182,7 +183,28 @@ class ScheduleSettings(Settings):
     kind: Literal["paper", "cosine"] = "paper"
     warmup_steps: int = Field(10, ge=0)
     decay_fraction: float = Field(0.2, ge=0, le=1, description="paper: share of the steps that decay")
+    offset: int = Field(
+        1, ge=0, le=1, description="paper: step n uses f(n - offset); 1 as in its runs: the first has rate 0"
+    )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="cosine: final rate over peak rate")
+
+
+class GrowSettings(Settings):
+    """HyperCloning inside the run, at the end of a step: weights, masters and moments grow in place, ledger and data go on."""
+
+    at_flops: int = Field(gt=0, description="spent FLOPs of this run at which the model grows")
+    factor: int = Field(2, ge=2, description="hidden size and heads times this")
+    ffn_factor: int | None = Field(None, gt=0, description="FFN width times this; default: factor")
+    noise_db: float | None = Field(
+        10.0, description="+- noise between pairs of copies, which keeps the function; null: the paper's plain clone"
+    )
+    optimizer: Literal["carry", "fresh"] = Field(
+        "carry", description="fresh: moments and their step count restart at 0"
+    )
+    lr_factors: Literal["exact", "none"] = Field(
+        "exact", description="exact: every tensor's lr and eps, and the norm that clips, as if the small model went on"
+    )
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up after growth, on top of the schedule")
 
 
 class CheckpointSettings(Settings):
@@ -218,6 +240,7 @@ class RunConfig(Settings):
     schedule: ScheduleSettings = ScheduleSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     export: ExportSettings = ExportSettings()
+    grow: GrowSettings | None = Field(None, description="grow the model inside the run")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="weights and activations; masters and moments are fp32"
     )
@@ -225,10 +248,27 @@ class RunConfig(Settings):
         "auto", "csrc", "sdpa", "reference", "triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient",
         "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers", "torch_varlen",
     ] = Field("auto", description="auto: on a GPU the fastest of those installed, measured at the start")  # fmt: skip
+    deterministic: bool = Field(False, description="the same bits every time on a GPU too, slower; a CPU always does")
+    rope_tables: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: cos and sin rounded, as in the paper's runs"
+    )
+    loss_mean: Literal["tokens", "micro_batch"] = Field(
+        "tokens",
+        description="over all targets of a batch; micro_batch: the mean of micro-batches' means, as in the paper's runs",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    parallel: Literal["auto", "ddp", "zero1"] = Field(
+        "auto", description="of several processes; zero1: masters and moments in slices; auto: zero1"
+    )
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
     max_skipped: int = Field(5, gt=0, description="steps in a row with a loss or gradient not finite that end the run")
     timeout_seconds: int = Field(600, ge=5, description="a process that hangs for longer ends the run, by name")
+
+    @model_validator(mode="after")
+    def _moments_to_export(self) -> "RunConfig":
+        if self.export.adam_v and self.parallel == "zero1":
+            raise ValueError("export.adam_v needs all moments in one process: set parallel to ddp or auto, not zero1")
+        return self
 
     @model_validator(mode="after")
     def _one_start(self) -> "RunConfig":

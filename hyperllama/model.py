@@ -5,6 +5,9 @@ The residual stream is added inside the norm that reads it, so a block takes (st
     stream += update; a = attention(norm(stream));  stream += a;  m = mlp(norm(stream));  return stream, m
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -70,11 +73,21 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """A decoder over an arena. Gradients go to the arena's fp32 buffer, not to `.grad`, when the arena is for training.
 
-    `functional=True` leaves main gradients out: weights get ordinary `.grad`s (comparisons, torch.compile).
+    `functional=True` leaves main gradients out: weights get ordinary `.grad`s (comparisons, torch.compile). `tables`: the dtype
+    that RoPE's cos and sin are rounded to.
     """
 
-    def __init__(self, config: ModelConfig, arena: Arena, *, backend: str = "auto", functional: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        arena: Arena,
+        *,
+        backend: str = "auto",
+        functional: bool = False,
+        tables: torch.dtype = torch.float32,
+    ):
         super().__init__()
+        self.table_dtype = tables
         self.config, self.arena = config, arena
         packed = arena.packed("weights")
         grads = arena.packed("grad") if arena.training and not functional else {}
@@ -91,13 +104,16 @@ class Llama(nn.Module):
             for i in range(config.num_layers)
         )
         self._tables: tuple[Tensor, Tensor] | None = None
+        self.backward_left: Callable[[int], None] | None = None  # told the layer whose gradients are complete
 
     def positions(self, ids: Tensor, cu_seqlens: Tensor | None) -> Positions:
         """RoPE tables for windows as long as those of `ids` (B, T)."""
         batch, seq_len = ids.shape
         if self._tables is None or self._tables[0].shape[0] < seq_len or self._tables[0].device != ids.device:
             length = max(seq_len, self.config.max_position_embeddings)
-            self._tables = rope_tables(length, self.config.head_dim, self.config.rope_theta, device=ids.device)
+            self._tables = rope_tables(
+                length, self.config.head_dim, self.config.rope_theta, dtype=self.table_dtype, device=ids.device
+            )
         cos, sin = (table[:seq_len] for table in self._tables)
         return Positions(cos, sin, cu_seqlens, batch, seq_len)
 
@@ -106,7 +122,9 @@ class Llama(nn.Module):
         at = self.positions(ids, cu_seqlens)
         stream: Tensor | None = None
         update = embedding(ids, self.embed, main_grad=self.embed.main_grad)
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            if self.backward_left is not None:  # `update` gets its gradient from the last op of the layer's backward
+                update.register_hook(partial(_leave, self.backward_left, layer))
             stream, update = block(stream, update, at)
         return add_norm(stream, update, self.norm, self.config.rms_norm_eps)[0]
 
@@ -173,6 +191,10 @@ class Llama(nn.Module):
                     self.arena.packed("weights")[name][self.config.unpadded_vocab_size :].zero_()
         if self.arena.training:
             self.arena.master_from_weights()
+
+
+def _leave(told: Callable[[int], None], layer: int, _: Tensor) -> None:
+    told(layer)
 
 
 def add_norm(stream: Tensor | None, update: Tensor, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:

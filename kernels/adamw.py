@@ -4,11 +4,17 @@
     master -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * master)
     weights = round(master)
 
+With groups of parameters, element i is in group k = groups[i / 128], whose scales[k] = (a, b, d) make it
+
+    master -= lr (a m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + b eps) + d decay * master)
+
 Flat buffers of one length: master, grad, m, v fp32 (fp64), weights bf16 or None where the masters are the weights. lr, t (int64)
 and clip are 0-dim tensors read on the device, so a CUDA graph of the step stays valid. A clip of 0 skips the step: nothing is
-written, whatever the gradient holds. GPU: Triton, one launch; CPU: C++.
+written, whatever the gradient holds. groups: uint8, one for every line of 128 elements (a buffer starts on a line); scales:
+(groups, 3) in the masters' dtype. GPU: Triton, one launch; CPU: C++.
 """
 
+from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int64
 from dataclasses import dataclass
 from math import log
@@ -19,6 +25,7 @@ from torch import Tensor
 
 from hyperllama.kernels.backend import choose, constexpr, csrc, define, jit, pointer, same_device, tl
 
+LINE = 128  # elements that share a group
 CHUNK = 1 << 18  # elements: five fp32 chunks and their temporaries stay in a CPU's L2 and L3
 
 
@@ -28,7 +35,7 @@ CHUNK = 1 << 18  # elements: five fp32 chunks and their temporaries stay in a CP
 @torch.no_grad()
 def adamw_reference(
     master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, lr: Tensor, beta1: float, beta2: float,
-    eps: float, weight_decay: float, step: Tensor, clip: Tensor,
+    eps: float, weight_decay: float, step: Tensor, clip: Tensor, groups: Tensor | None = None, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The update in plain torch, chunk by chunk so that temporaries stay small."""
     t = step.to(torch.float64)
@@ -40,12 +47,23 @@ def adamw_reference(
         g, p = grad[part] * clip, master[part]
         first = m[part].mul(beta1).add_(g, alpha=1 - beta1)
         second = v[part].mul(beta2).addcmul_(g, g, value=1 - beta2)
-        update = (first / correct1).div_((second / correct2).sqrt_().add_(eps))
-        new = p - update.add_(p, alpha=weight_decay).mul_(lr)
+        root = (second / correct2).sqrt_()
+        if groups is None or scales is None:
+            update = (first / correct1).div_(root.add_(eps)).add_(p, alpha=weight_decay)
+        else:
+            a, b, d = scale_of_elements(groups, scales, start, len(g))
+            update = (first / correct1).mul_(a).div_(root.add_(b * eps)).add_(d * p, alpha=weight_decay)
+        new = p - update.mul_(lr)
         for old, value in ((m[part], first), (v[part], second), (p, new)):
             old.copy_(torch.where(taken, value, old))
         if weights is not None:
             weights[part].copy_(torch.where(taken, new.to(weights.dtype), weights[part]))
+
+
+def scale_of_elements(groups: Tensor, scales: Tensor, start: int, n: int) -> Sequence[Tensor]:
+    """The columns of `scales` for elements start (on a line) to start + n."""
+    lines = groups[start // LINE : -(-(start + n) // LINE)].long()
+    return scales[lines].repeat_interleave(LINE, 0)[:n].unbind(1)
 
 
 # ---- Triton
@@ -64,8 +82,8 @@ def _rest(log_high, log_low, step):
 @jit
 def _adamw_kernel(
     master_ptr, grad_ptr, m_ptr, v_ptr, weights_ptr, lr_ptr, step_ptr, clip_ptr, n, log1_high, log1_low, log2_high, log2_low,
-    beta1, beta2, rest1, rest2, eps, weight_decay,
-    HAS_WEIGHTS: constexpr, COLS: constexpr,
+    beta1, beta2, rest1, rest2, eps, weight_decay, groups_ptr, scales_ptr,
+    HAS_WEIGHTS: constexpr, HAS_GROUPS: constexpr, PER_LINE: constexpr, COLS: constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)  # an arena passes 2^31 elements at 2.1G parameters
     inside = at < n
@@ -81,6 +99,11 @@ def _adamw_kernel(
     g *= clip
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * (g * g)
+    if HAS_GROUPS:
+        row = 3 * tl.load(groups_ptr + at // PER_LINE, mask=inside, other=0).to(tl.int32)
+        correct1 *= tl.load(scales_ptr + row)
+        eps *= tl.load(scales_ptr + row + 1)
+        weight_decay *= tl.load(scales_ptr + row + 2)
     p -= lr * (m * correct1 / (tl.sqrt(v * correct2) + eps) + weight_decay * p)
     if clip != 0:
         tl.store(m_ptr + at, m, mask=inside)
@@ -113,13 +136,14 @@ def _log(beta: float) -> tuple[float, float]:
 
 def _adamw_triton(
     master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, lr: Tensor, beta1: float, beta2: float,
-    eps: float, weight_decay: float, step: Tensor, clip: Tensor,
+    eps: float, weight_decay: float, step: Tensor, clip: Tensor, groups: Tensor | None = None, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     launch = Launch.of(master.numel())
     _adamw_kernel[(launch.programs,)](
         master, grad, m, v, master if weights is None else weights, lr.to(torch.float32), step.to(torch.int64),
         clip.to(torch.float32), master.numel(), *_log(beta1), *_log(beta2), beta1, beta2, 1 - beta1, 1 - beta2, eps,
-        weight_decay, HAS_WEIGHTS=weights is not None, COLS=launch.cols, num_warps=launch.warps,
+        weight_decay, master if groups is None else groups, master if scales is None else scales,
+        HAS_WEIGHTS=weights is not None, HAS_GROUPS=groups is not None, PER_LINE=LINE, COLS=launch.cols, num_warps=launch.warps,
     )  # fmt: skip
 
 
@@ -128,13 +152,13 @@ def _adamw_triton(
 
 def _adamw_csrc(
     master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, lr: Tensor, beta1: float, beta2: float,
-    eps: float, weight_decay: float, step: Tensor, clip: Tensor,
+    eps: float, weight_decay: float, step: Tensor, clip: Tensor, groups: Tensor | None = None, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     lr, step, clip = lr.to(torch.float32), step.to(torch.int64), clip.to(torch.float32)
     csrc("adamw")(
         pointer(master), pointer(grad), pointer(m), pointer(v), pointer(weights), c_int64(master.numel()), pointer(lr),
         c_double(beta1), c_double(beta2), c_double(eps), c_double(weight_decay), pointer(step), pointer(clip),
-        torch.get_num_threads(),
+        pointer(groups), pointer(scales), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -142,32 +166,41 @@ def _adamw_csrc(
 
 
 def _update(*inputs: Any) -> None:
-    master, grad, m, v, weights = inputs[:5]
-    fits = all(t.is_contiguous() and t.dtype == torch.float32 for t in (master, grad, m, v)) and (
+    *state, weights = inputs[:5]
+    wide = [*state, *(t for t in inputs[13:] if t is not None)]  # the last are the groups' scales
+    fits = all(t.is_contiguous() and t.dtype == torch.float32 for t in wide) and (
         weights is None or (weights.is_contiguous() and weights.dtype == torch.bfloat16)
     )
     kernels = {"triton": _adamw_triton, "csrc": _adamw_csrc} if fits else {}
-    if master.numel():
-        choose({"reference": adamw_reference} | kernels, master)(*inputs)
+    if state[0].numel():
+        choose({"reference": adamw_reference} | kernels, state[0])(*inputs)
 
 
 _adamw = define(
     "adamw_(Tensor(a!) master, Tensor grad, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? weights, Tensor lr, float beta1, "
-    "float beta2, float eps, float weight_decay, Tensor step, Tensor clip) -> ()",
+    "float beta2, float eps, float weight_decay, Tensor step, Tensor clip, Tensor? groups=None, Tensor? scales=None) -> ()",
     _update,
-    lambda *inputs: None,
+    lambda *inputs, **options: None,
 )
 
 
 def adamw(
     master: Tensor, grad: Tensor, m: Tensor, v: Tensor, weights: Tensor | None, *, lr: Tensor, beta1: float, beta2: float,
-    eps: float, weight_decay: float, step: Tensor, clip: Tensor,
+    eps: float, weight_decay: float, step: Tensor, clip: Tensor, groups: Tensor | None = None, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One optimizer step in place on flat buffers; `step` counts from 1.
 
-    Raises ValueError when the buffers differ in length, or anything is on another device.
+    Raises ValueError when the buffers differ in length, groups and scales do not fit them, or anything is on another device.
     """
     if len({t.numel() for t in (master, grad, m, v, *([] if weights is None else [weights]))}) != 1:
         raise ValueError("adamw: master, grad, m, v and weights must have one length")
-    same_device("adamw", master=master, grad=grad, m=m, v=v, weights=weights, lr=lr, step=step, clip=clip)
-    _adamw(master, grad, m, v, weights, lr, beta1, beta2, eps, weight_decay, step, clip)
+    if groups is not None and (
+        groups.dtype != torch.uint8 or len(groups) != -(-master.numel() // LINE)
+        or scales is None or scales.dtype != master.dtype or scales.dim() != 2 or scales.shape[1] != 3
+    ):  # fmt: skip
+        raise ValueError("adamw: groups is a uint8 for every 128 elements, scales (groups, 3) in the masters' dtype")
+    same_device(
+        "adamw", master=master, grad=grad, m=m, v=v, weights=weights, lr=lr, step=step, clip=clip, groups=groups,
+        scales=scales,
+    )  # fmt: skip
+    _adamw(master, grad, m, v, weights, lr, beta1, beta2, eps, weight_decay, step, clip, groups, scales)

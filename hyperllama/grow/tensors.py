@@ -5,18 +5,20 @@ optimizer step does: paired noise keeps its exact sums in the masters' format.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hyperllama.arena import Arena, Role
+from hyperllama.arena import ALIGNMENT, Arena, Role
 from hyperllama.errors import HyperLlamaError
 from hyperllama.grow.operators import Array, Operator, TensorMap
 from hyperllama.kernels.backend import wide
 from hyperllama.kernels.grow import grow, remap
 from hyperllama.kernels.raw import noise_key
+from hyperllama.names import logical_tensors
 
 Read = Callable[[str], Tensor]
 Check = Callable[[TensorMap, Tensor, Tensor], None]
@@ -74,25 +76,56 @@ def grow_through(
 def grow_arena(small: Arena, large: Arena, operator: Operator) -> None:
     """Grow weights and, where both arenas train, masters and moments from one arena into another, a tensor at a time.
 
-    Extra memory is one grown tensor (aki: two). The step count is the caller's and goes on, bias corrections with it: moments that
-    start at zero (inserted layers, new tokens) take (1 - b1)/sqrt(1 - b2) of a full first step, 0.45 with the defaults.
-    Raises HyperLlamaError when `large` is not of the operator's shape or the arenas' dtypes differ.
+    Extra memory is one grown tensor, Q, K, V or gate, up together (aki: two). `small` may be the tail of `large`: written front to
+    back, a tensor ends before the sources of those behind it begin, as long as none of them shrinks. The step count is the
+    caller's and goes on, bias corrections with it: moments that start at zero (inserted layers, new tokens) take
+    (1 - b1)/sqrt(1 - b2) of a full first step, 0.45 with the defaults.
+    Raises HyperLlamaError when `large` is not of the operator's shape, the arenas' dtypes differ, or it can't be done in place.
     """
     if large.config != operator.grown(small.config) or large.dtype != small.dtype:
         raise HyperLlamaError(f"the arena to grow into does not have the dtype and shape that {operator.method} gives")
+    if _share_memory(small, large) and not _clear_of_sources(small, large):
+        raise HyperLlamaError(
+            f"{operator.method} does not grow this shape in place: a tensor would meet another's source"
+        )
     training = small.training and large.training
     roles: list[tuple[Role, Kind]] = (
         [("master", "weights"), ("m", "m"), ("v", "v")] if training else [("weights", "weights")]
     )
     views = {role: (small.logical(role), large.logical(role)) for role, _ in roles}
-    for name, how in operator.tensors(small.config).items():
+    maps = operator.tensors(small.config)
+    for packed, parts in groupby(logical_tensors(large.config), lambda tensor: tensor.packed):
+        hows, lines = {tensor.name: maps[tensor.name] for tensor in parts}, large.line_range(packed)
         for role, kind in roles:
-            sources, targets = views[role]
-            targets[name].copy_(grow_tensor(name, how, sources.__getitem__, kind))
-    if training and large.master is not large.weights:
+            buffer: Tensor = getattr(large, role)
+            _grow_packed(hows, *views[role], kind, buffer[lines.start * ALIGNMENT : lines.stop * ALIGNMENT])
+    if training and large.rounds:
         large.weights.copy_(large.master)
     elif large.training and not training:
         large.master_from_weights()
+
+
+def _grow_packed(
+    hows: dict[str, TensorMap], sources: dict[str, Tensor], targets: dict[str, Tensor], kind: Kind, lines: Tensor
+) -> None:
+    """Grow the tensors of one packed tensor, in `lines` with the padding behind it: all are read before one is written."""
+    grown = {name: grow_tensor(name, how, sources.__getitem__, kind) for name, how in hows.items()}
+    lines.zero_()  # the padding: a source may have been there
+    for name, tensor in grown.items():
+        targets[name].copy_(tensor)
+
+
+def _share_memory(small: Arena, large: Arena) -> bool:
+    return small.weights.untyped_storage().data_ptr() == large.weights.untyped_storage().data_ptr()
+
+
+def _clear_of_sources(small: Arena, large: Arena) -> bool:
+    """Whether every packed tensor of `large` ends before the source of the next in its tail starts."""
+    if list(small.shapes) != list(large.shapes):
+        return False
+    starts = [large.size - small.size + offset for offset in small.offsets.values()]
+    ends = [large.line_range(name).stop * ALIGNMENT for name in large.shapes]
+    return all(end <= start for end, start in zip(ends, starts[1:], strict=False))
 
 
 def _gather(how: TensorMap, source: Tensor, read: Read, row_scale: Array, col_scale: Array | None) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,11 @@ class Processes:
         dist.all_reduce(held, dist.ReduceOp.MAX)
         return int(held)
 
+    def micro_batches(self, windows: int, micro_batch: int) -> list[int]:
+        """Micro-batches of every process for a batch of `windows`, shared as the loader does."""
+        borders = [windows * rank // self.world for rank in range(self.world + 1)]
+        return [-(-(stop - start) // micro_batch) for start, stop in pairwise(borders)]
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:
@@ -74,6 +80,19 @@ def pick_device(setting: str, local_rank: int = 0) -> torch.device:
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Have torch choose, or demand, algorithms that give the same bits every time; as before afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:  # cuBLAS reads this when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,27 +11,24 @@ import yaml
 from torch import Tensor
 
 from hyperllama import __version__
-from hyperllama.arena import Arena
-from hyperllama.checkpoint import Checkpointer, adam_v, checkpoints, export_model, load, newest, slices
-from hyperllama.companions import ADAM_V, TOKEN_COUNTS
-from hyperllama.companions import token_counts as token_counts_companion
+from hyperllama.checkpoint import Checkpointer, adam_v, checkpoints, export_model
+from hyperllama.companions import ADAM_V, TOKEN_COUNTS, token_counts
 from hyperllama.config import RunConfig, read_yaml
 from hyperllama.data.loader import Loader, micro_batches
 from hyperllama.errors import Diverged, HyperLlamaError, Stopped
 from hyperllama.files import read_json, write_json, write_text
 from hyperllama.flops import Ledger, window_flops
-from hyperllama.hub import read_weights
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
-from hyperllama.model import Llama
 from hyperllama.progress import console, progress_bar
 from hyperllama.train.attention import attention_backend
-from hyperllama.train.distributed import Processes, processes
+from hyperllama.train.distributed import Processes, deterministic, processes
 from hyperllama.train.folder import plot_runs, write_environment
 from hyperllama.train.metrics import Events, Metrics, device_name, peak_flops, speed_text
+from hyperllama.train.parallel import gather_weights, whole_norm
 from hyperllama.train.plan import WATCHING, Plan, make_plan
-from hyperllama.train.schedule import lr_ratio
+from hyperllama.train.state import State
 
 
 def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -> dict[str, Any]:
@@ -57,7 +53,8 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
         if mine.device.type == "cpu":
             keep_freed_blocks()
         try:
-            return _train(plan, mine, label or config.name, attention, quiet=quiet or not mine.is_main)
+            with deterministic(config.deterministic):
+                return _train(plan, mine, label or config.name, attention, quiet=quiet or not mine.is_main)
         finally:
             give_back_freed_blocks()
 
@@ -65,42 +62,33 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
 def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
     config, out = plan.config, Path(plan.config.out)
     o, seq_len = config.optimizer, config.data.seq_len
-    arena = Arena(plan.model, plan.dtype, mine.device, training=True)
-    model = Llama(plan.model, arena, backend=attention["backend"])
     screen = console()
     say = Events(out / "events.jsonl", screen, write=mine.is_main)
     mine.doing(0, "reading the newest checkpoint")
-    step, updates, ledger, counts, earlier = _start(plan, model, mine, say)
-    lr, at = torch.zeros((), device=mine.device), torch.tensor(updates, device=mine.device)
-    causal = window_flops(plan.model, seq_len, "causal")
+    run = State.start(plan, mine, attention["backend"], say)
+    _warn_of_symmetry(run, say)
+    lr = torch.zeros((), device=mine.device)
     peak = peak_flops(device_name(mine.device), mine.world, plan.dtype)
-    metrics = Metrics(out / "metrics.jsonl", step, say, write=mine.is_main)
+    metrics = Metrics(out / "metrics.jsonl", run.step, say, write=mine.is_main)
     saver = Checkpointer(out, config.checkpoint, mine, say)
-    began = time.perf_counter()
-    windows = counted = logged = step * config.global_batch
+    logged = run.windows
 
-    def token_counts() -> dict[str, int]:
-        nonlocal counts, counted
-        fresh = plan.mixture.tokens_by_language(counted, windows - counted)
-        counts = {tag: counts.get(tag, 0) + fresh.get(tag, 0) for tag in sorted({*counts, *fresh})}
-        counted = windows
-        return counts
+    def flush() -> dict[str, Any]:
+        nonlocal logged
+        windows, logged = run.windows - logged, run.windows
+        return metrics.flush(windows * seq_len, windows * window_flops(run.arena.config, seq_len, "causal"), peak)
 
     def save() -> None:
-        state = {"windows": windows, "card": _card(plan, ledger, token_counts()), "loss": metrics.last["loss"]}
-        state["updates"] = int(at)
-        state["seconds"] = round(earlier + time.perf_counter() - began, 2)
-        saver.save(step, slices(arena, mine.rank, mine.world), arena, state, problem=metrics.problem)
+        state = {**run.to_json(), "loss": metrics.last["loss"]}
+        saver.save(run.step, run.pieces(), run.arena, state, problem=metrics.problem)
 
     def export(path: Path) -> dict[str, Any]:
-        card = _card(plan, ledger, token_counts())
+        card = run.card()
         if mine.is_main:
-            companions = {
-                TOKEN_COUNTS: token_counts_companion(plan.mixture.token_counts(windows), plan.model.vocab_size)
-            }
+            companions = {TOKEN_COUNTS: token_counts(plan.mixture.token_counts(run.windows), plan.model.vocab_size)}
             if config.export.adam_v:
-                companions[ADAM_V] = adam_v(arena, int(at), o.beta2)
-            export_model(path, arena, card, plan.tokenizer.path, plan.dtype, companions)
+                companions[ADAM_V] = adam_v(run.arena, int(run.updates), o.beta2)
+            export_model(path, run.arena, card, plan.tokenizer.path, plan.dtype, companions)
         return card
 
     with (
@@ -116,19 +104,30 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
         ) as loader,
         progress_bar(screen, disable=quiet) as bar,
     ):
-        task = bar.add_task(label, total=plan.steps, completed=step, figures="")
-        while step < plan.steps:
-            count = min(config.global_batch, plan.windows - windows)
-            mine.doing(step + 1, "reading the batch")
-            batch = loader.batch(windows, count)
+        task = bar.add_task(label, total=plan.steps, completed=run.step, figures="")
+        while run.step < plan.steps:
+            if plan.grows_at(run.windows):
+                mine.doing(run.step + 1, "growing")
+                run.grow()
+                _warn_of_symmetry(run, say)
+            model, arena, groups = run.model, run.arena, run.groups
+            count = min(config.global_batch, plan.windows - run.windows)
+            mine.doing(run.step + 1, "reading the batch")
+            batch = loader.batch(run.windows, count)
             targets = count * seq_len
-            if config.data.mask_document_start:
+            if config.data.mask_document_start and config.loss_mean == "tokens":
                 targets = mine.sum_ints([int((batch.targets >= 0).sum())])[0]
+            parts = mine.micro_batches(count, config.micro_batch)
 
-            mine.doing(step + 1, "forward and backward")
+            mine.doing(run.step + 1, "forward and backward")
             arena.grad.zero_()
             loss = torch.zeros((), device=mine.device)
+            left = parts[mine.rank]
             for micro in micro_batches(batch, config.micro_batch):
+                left -= 1
+                if config.loss_mean == "micro_batch":
+                    targets = sum(parts) * int((micro.targets >= 0).sum())
+                model.backward_left = run.gradients.layer_done if left == 0 else None
                 ids, micro_targets = (t.to(mine.device, non_blocking=True) for t in (micro.ids, micro.targets))
                 borders = None if micro.cu_seqlens is None else micro.cu_seqlens.to(mine.device)
                 part = model.loss(
@@ -136,71 +135,77 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 )
                 part.backward()
                 loss += part.detach()
-            mine.doing(step + 1, "summing the gradients")
-            mine.sum_(arena.grad)
+            mine.doing(run.step + 1, "summing the gradients")
+            run.gradients.finish()
             mine.sum_(loss)
 
-            step, windows = step + 1, windows + count
-            norm = grad_norm(arena.grad)
+            run.step, run.windows = run.step + 1, run.windows + count
+            own_grad = arena.grad[arena.span]
+            norm = grad_norm(own_grad, *((groups.of_line, groups.norm_weights) if groups else ()))
+            norm = whole_norm(norm, arena, mine)
             clip = clip_or_skip(loss, norm, o.clip_norm)
-            at += clip > 0
+            run.updates += clip > 0
             adamw(
                 arena.master,
-                arena.grad,
+                own_grad,
                 arena.m,
                 arena.v,
-                None if arena.weights is arena.master else arena.weights,
-                lr=lr.fill_(o.lr * lr_ratio(config.schedule, step, plan.steps)),
+                arena.weights[arena.span] if arena.rounds else None,
+                lr=lr.fill_(plan.lr(run.step)),
                 beta1=o.beta1,
                 beta2=o.beta2,
                 eps=o.eps,
                 weight_decay=o.weight_decay,
-                step=at,
+                step=run.updates,
                 clip=clip,
+                groups=groups.of_line if groups else None,
+                scales=groups.scales if groups else None,
             )
+            gather_weights(arena, mine)
 
-            ledger.spent += count * plan.cost
+            run.ledger.spent = plan.spent(run.windows)
             fields = {
-                "step": step,
-                "lr": o.lr * lr_ratio(config.schedule, step, plan.steps),
-                "windows": windows,
+                "step": run.step,
+                "lr": plan.lr(run.step),
+                "windows": run.windows,
                 "batch": count,
-                "tokens": windows * seq_len,
-                "spent_flops": ledger.spent,
-                "total_flops": ledger.total,
+                "tokens": run.windows * seq_len,
+                "spent_flops": run.ledger.spent,
+                "total_flops": run.ledger.total,
             }
+            if run.step % config.log_every == 0 and (asymmetry := run.asymmetry()) is not None:
+                fields["asymmetry"] = float(asymmetry)
             metrics.add(fields, torch.stack([loss, norm.to(loss.dtype)]))
 
-            mine.doing(step, "logging and saving")
-            due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-            if step % config.log_every == 0 or step == plan.steps or due or windows in plan.milestones:
-                line = metrics.flush((windows - logged) * seq_len, (windows - logged) * causal, peak)
-                logged = windows
-                bar.update(task, completed=step, figures=speed_text(line))
+            mine.doing(run.step, "logging and saving")
+            due = config.checkpoint.every_steps and run.step % config.checkpoint.every_steps == 0
+            border = run.windows in plan.milestones or plan.grows_at(run.windows) or run.step == plan.steps
+            if run.step % config.log_every == 0 or due or border:
+                bar.update(task, completed=run.step, figures=speed_text(flush()))
                 if metrics.skipped_in_a_row >= config.max_skipped:
                     saver.wait()
-                    raise Diverged(_diverged(metrics, out, step))
-            if windows in plan.milestones:
-                export(out / "milestones" / str(plan.milestones[windows]))
-            if stop.agreed(mine) and step < plan.steps:
-                metrics.flush((windows - logged) * seq_len, (windows - logged) * causal, peak)
+                    raise Diverged(_diverged(metrics, out, run.step))
+            if run.windows in plan.milestones:
+                export(out / "milestones" / str(plan.milestones[run.windows]))
+            if stop.agreed(mine) and run.step < plan.steps:
+                flush()
                 save()
-                raise Stopped(stop.signal, _farewell(saver, out, step, plan.steps))
-            if due and step < plan.steps:
+                raise Stopped(stop.signal, _farewell(saver, out, run.step, plan.steps))
+            if due and run.step < plan.steps:
                 save()
 
-    mine.doing(step, "writing the model")
+    mine.doing(run.step, "writing the model")
     saver.wait()
     metrics.close()
-    assert ledger.spent == plan.budget, "the ledger must end at the budget"
+    assert run.ledger.spent == plan.budget, "the ledger must end at the budget"
     record = {
         "name": config.name,
         "card": export(out / "model"),
-        "ledger": ledger.to_json(),
+        "ledger": run.ledger.to_json(),
         "loss": metrics.last.get("loss"),
         "plan": plan.describe(),
         "attention": attention,
-        "seconds": round(earlier + time.perf_counter() - began, 2),
+        "seconds": run.seconds,
         "device": device_name(mine.device),
         "processes": mine.world,
         "checkpoints": {"saved": saver.saved, "stalled_seconds": round(saver.stalled, 4)},
@@ -222,28 +227,15 @@ def clip_or_skip(loss: Tensor, norm: Tensor, limit: float | None) -> Tensor:
     return torch.where(torch.isfinite(loss) & torch.isfinite(norm), clip, 0.0)
 
 
-def _start(plan: Plan, model: Llama, mine: Processes, say: Events) -> tuple[int, int, Ledger, dict[str, int], float]:
-    """Fill the arena from the newest checkpoint, a model folder, or at random.
-
-    Returns (steps done, steps not skipped, ledger, token counts, seconds).
-    """
-    arena, out = model.arena, Path(plan.config.out)
-    if saved := newest(out, mine, say):
-        folder, state = saved
-        load(folder, state, arena, slices(arena))
-        if arena.weights is not arena.master:
-            arena.weights.copy_(arena.master)
-        say.note("resumed", step=state["step"], checkpoint=folder.name, processes=mine.world)
-        card = state["card"]
-        ledger = Ledger.from_json(card["ledger"], folder)
-        return state["step"], state["updates"], ledger, card["token_counts"], state["seconds"]
-    if plan.start is not None:
-        read_weights(plan.start, plan.model, arena.logical("weights"))
-        arena.master_from_weights()
-    else:
-        model.init_weights(plan.config.seed)
-    say.note("started", processes=mine.world)
-    return 0, 0, plan.ledger, {}, 0.0
+def _warn_of_symmetry(run: State, say: Events) -> None:
+    """Say it when the model's copies are equal and the arithmetic will keep them so."""
+    same_bits = run.mine.device.type == "cpu" or run.plan.config.deterministic
+    if same_bits and run.asymmetry() == 0:
+        say(
+            "symmetric",
+            "the model is a clone whose copies are equal, and deterministic arithmetic keeps them equal for ever: it can "
+            "learn only what the smaller model could; grow.noise_db (or hyperllama grow --noise-db) makes them differ",
+        )
 
 
 def _farewell(saver: Checkpointer, out: Path, step: int, steps: int) -> str:
@@ -276,23 +268,6 @@ def _check_same_inputs(path: Path, record: dict[str, Any], plan: Plan) -> None:
         )
 
 
-def _card(plan: Plan, ledger: Ledger, token_counts: dict[str, int]) -> dict[str, Any]:
-    """What the exported model says of itself."""
-    made_from: list[dict[str, Any]] = [
-        {"path": str(s.shards.path), "sha256": s.shards.fingerprint} for s in plan.mixture.sources
-    ]
-    if plan.start is not None:
-        made_from.append({"path": str(plan.start.path), "sha256": plan.start_hashes})
-    return {
-        "kind": "train",
-        "ledger": ledger.to_json(),
-        "token_counts": token_counts,
-        "made_from": made_from,
-        "tokenizer": plan.tokenizer.fingerprint,
-        "config": plan.config.model_dump(mode="json"),
-    }
-
-
 def check_folder(plan: Plan) -> None:
     """Raise HyperLlamaError when `out` holds another run than the plan's, naming the first key that differs."""
     out, wanted = Path(plan.config.out), plan.config.model_dump(mode="json")
@@ -300,7 +275,7 @@ def check_folder(plan: Plan) -> None:
         return
     stored = read_yaml(out / "config.yaml")
     for key in wanted:
-        if key not in ("device", *WATCHING) and stored.get(key) != wanted[key]:
+        if key not in ("device", "parallel", *WATCHING) and stored.get(key) != wanted[key]:
             raise HyperLlamaError(
                 f"{out} holds a run with another {key} ({json.dumps(stored.get(key))}, now {json.dumps(wanted[key])}): "
                 "choose another out, or remove the folder"

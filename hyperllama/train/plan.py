@@ -5,11 +5,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 
-from hyperllama.arena import ALIGNMENT, arena_bytes
+from hyperllama.arena import arena_bytes, layout
 from hyperllama.config import ModelConfig, RunConfig
 from hyperllama.data.mixture import Mixture, Source
 from hyperllama.data.shards import Shards, check_tokenizer
@@ -17,9 +17,11 @@ from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
 from hyperllama.flops import Ledger, growth_quantum, window_flops, windows_for
+from hyperllama.grow.operators import HyperClone
 from hyperllama.hub import Folder, folder_hashes, model_config, open_folder
 from hyperllama.kernels import attention_libraries
-from hyperllama.names import packed_shapes
+from hyperllama.kernels.raw import check_noise
+from hyperllama.train.schedule import lr_ratio, rewarm_ratio
 
 WRITTEN = (
     "attention.json",
@@ -37,8 +39,22 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
+class Growth:
+    """The growth of a run: at the end of step `step`, after `windows` windows, by `operator` into `model`."""
+
+    operator: HyperClone
+    step: int
+    windows: int
+    model: ModelConfig
+    cost: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A checked run. `windows` spend the budget exactly; the last batch may be smaller than the others."""
+    """A checked run. `windows` spend the budget exactly; the last batch may be smaller than the others.
+
+    model and cost (dense FLOPs of a window) are those of its start; `growth` has those from its windows on.
+    """
 
     config: RunConfig
     model: ModelConfig
@@ -51,6 +67,40 @@ class Plan:
     cost: int
     windows: int
     milestones: dict[int, int]
+    growth: Growth | None = None
+
+    @property
+    def final_model(self) -> ModelConfig:
+        """The shape that the run ends with."""
+        return self.growth.model if self.growth else self.model
+
+    def grown_before(self, windows: int) -> bool:
+        """Whether the model has grown when `windows` are done: it does so on the way to the next one."""
+        return self.growth is not None and windows > self.growth.windows
+
+    def grows_at(self, windows: int) -> bool:
+        """Whether the model grows once `windows` are done."""
+        return self.growth is not None and windows == self.growth.windows
+
+    def spent(self, windows: int) -> int:
+        """Dense training FLOPs of the first `windows` windows."""
+        if self.growth is None or windows <= self.growth.windows:
+            return windows * self.cost
+        return self.growth.windows * self.cost + (windows - self.growth.windows) * self.growth.cost
+
+    def parallel(self, world: int) -> Literal["ddp", "zero1"]:
+        """What `parallel` means for `world` processes; auto: slices, which cost no more than sums and hold less."""
+        wanted = self.config.parallel
+        if wanted == "auto":  # moments are exported by one process, which then has them all
+            return "zero1" if world > 1 and not self.config.export.adam_v else "ddp"
+        return wanted
+
+    def lr(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, from 1."""
+        ratio = lr_ratio(self.config.schedule, step, self.steps)
+        if self.growth is not None and self.config.grow is not None and step > self.growth.step:
+            ratio *= rewarm_ratio(self.config.grow.warmup_steps, step - self.growth.step)
+        return self.config.optimizer.lr * ratio
 
     @property
     def steps(self) -> int:
@@ -60,31 +110,34 @@ class Plan:
     @property
     def budget(self) -> int:
         """Dense training FLOPs that the run will spend."""
-        return self.windows * self.cost
+        return self.spent(self.windows)
 
     def describe(self) -> dict[str, Any]:
         """The plan for --dry-run and run.json; FLOPs, tokens and counts are exact integers."""
         c = self.config
-        size = sum(-(-_numel(shape) // ALIGNMENT) * ALIGNMENT for shape in packed_shapes(self.model).values())
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        slices = world if self.parallel(world) == "zero1" else 1
+        model, cost = self.final_model, self.growth.cost if self.growth else self.cost
         last = self.windows - (self.steps - 1) * c.global_batch
         return {
             "name": c.name,
-            "model": self.model.model_dump(),
-            "parameters": self.model.num_parameters,
+            "model": model.model_dump(),
+            "parameters": model.num_parameters,
             "windows": self.windows,
             "tokens": self.windows * c.data.seq_len,
             "steps": self.steps,
             "windows_in_last_step": last,
-            "flops_per_window_dense": self.cost,
-            "flops_per_window_causal": window_flops(self.model, c.data.seq_len, "causal"),
+            "flops_per_window_dense": cost,
+            "flops_per_window_causal": window_flops(model, c.data.seq_len, "causal"),
             "budget_flops": self.budget,
             "inherited_flops": self.ledger.inherited,
             "total_flops": self.ledger.inherited + self.budget,
+            **({"growth": self._describe_growth(self.growth)} if self.growth else {}),
             "memory_bytes": {
-                "arena": arena_bytes(size, self.dtype, training=True),
-                "activations_estimate": activation_bytes(self.model, self.dtype, c.micro_batch * c.data.seq_len),
+                "arena": arena_bytes(layout(model, slices)[1], self.dtype, training=True, world=slices),
+                "activations_estimate": activation_bytes(model, self.dtype, c.micro_batch * c.data.seq_len),
             },
-            "shared_with_clone": growth_quantum(self.model, c.data.seq_len, 2, self.budget),
+            "shared_with_clone": growth_quantum(model, c.data.seq_len, 2, self.budget),
             "data": self.mixture.describe(self.windows),
             "reads": [
                 c.tokenizer,
@@ -95,9 +148,15 @@ class Plan:
             + [f"{c.out}/milestones/{flops}/" for flops in c.checkpoint.milestones],
         }
 
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) == 2 else 1)
+    def _describe_growth(self, growth: Growth) -> dict[str, Any]:
+        return {
+            **growth.operator.describe(),
+            "at_flops": self.spent(growth.windows),
+            "at_step": growth.step,
+            "windows_before": growth.windows,
+            "parameters_before": self.model.num_parameters,
+            "flops_per_window_dense_before": self.cost,
+        }
 
 
 def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
@@ -134,21 +193,64 @@ def make_plan(config: RunConfig) -> Plan:
         start, model = None, config.model.resolve(tokenizer.vocab_size, seq_len)
     cost = window_flops(model, seq_len)
     ledger = Ledger.child("", start.ledgers if start else [])
-    windows = _windows(config, cost, ledger)
+    growth = _growth(config, model, cost)
+    windows = _windows(config, cost, ledger, growth)
+    if growth is not None and windows <= growth.windows:
+        raise HyperLlamaError(
+            f"grow.at_flops: the run's budget is over at {windows * cost} FLOPs, before the model grows: choose at most "
+            f"{(windows - 1) // config.global_batch * config.global_batch * cost}"
+        )
     hashes = folder_hashes(start) if start else None
     ledger.run = _run_id(config, mixture, hashes, windows)
     mixture.check(windows)
     milestones = {}
     for flops in config.checkpoint.milestones:
-        at = windows_for(flops, cost)
+        at = _windows_for(flops, cost, growth)
         if (at % config.global_batch and at != windows) or at > windows:
-            step = config.global_batch * cost
-            raise HyperLlamaError(
-                f"checkpoint.milestones: {flops} FLOPs is not at the end of a step of this run; the nearest that are: "
-                f"{flops // step * step} and {(flops // step + 1) * step}"
-            )
+            _refuse_inside_a_step("checkpoint.milestones", flops, config.global_batch, cost, growth)
         milestones[at] = flops
-    return Plan(config, model, dtype, tokenizer, mixture, start, hashes, ledger, cost, windows, milestones)
+    return Plan(config, model, dtype, tokenizer, mixture, start, hashes, ledger, cost, windows, milestones, growth)
+
+
+def _growth(config: RunConfig, model: ModelConfig, cost: int) -> Growth | None:
+    """The growth of a recipe. Raises HyperLlamaError when it is not at the end of a step of the smaller model, or is too loud."""
+    grow = config.grow
+    if grow is None:
+        return None
+    try:
+        check_noise(grow.noise_db)
+    except HyperLlamaError as error:
+        raise HyperLlamaError(f"grow.noise_db: {error}") from None
+    windows = windows_for(grow.at_flops, cost)
+    if windows % config.global_batch:
+        _refuse_inside_a_step("grow.at_flops", grow.at_flops, config.global_batch, cost)
+    operator = HyperClone(grow.factor, grow.ffn_factor, config.seed, grow.noise_db)
+    large = operator.grown(model)
+    return Growth(operator, windows // config.global_batch, windows, large, window_flops(large, config.data.seq_len))
+
+
+def _refuse_inside_a_step(key: str, flops: int, batch: int, cost: int, growth: Growth | None = None) -> NoReturn:
+    before = growth.windows * cost if growth is not None and flops > growth.windows * cost else 0
+    step = batch * (growth.cost if growth is not None and before else cost)
+    below = before + (flops - before) // step * step
+    raise HyperLlamaError(
+        f"{key}: {flops} FLOPs is not at the end of a step of this run; the nearest that are: "
+        f"{' and '.join(str(value) for value in (below, below + step) if value)}"
+    )
+
+
+def _windows_for(flops: int, cost: int, growth: Growth | None) -> int:
+    """Windows that spend exactly `flops`, at another cost after growth. Raises HyperLlamaError naming the nearest budgets."""
+    before = growth.windows * cost if growth else 0
+    if growth is None or flops <= before:
+        return windows_for(flops, cost)
+    if (flops - before) % growth.cost:
+        below = before + (flops - before) // growth.cost * growth.cost
+        raise HyperLlamaError(
+            f"a budget of {flops} FLOPs is not a whole number of windows: {before} before growth and {growth.cost} for each "
+            f"window after it; the nearest that are: {below} and {below + growth.cost}"
+        )
+    return growth.windows + (flops - before) // growth.cost
 
 
 def _mixture(config: RunConfig, tokenizer: Tokenizer) -> Mixture:
@@ -171,7 +273,7 @@ def _mixture(config: RunConfig, tokenizer: Tokenizer) -> Mixture:
     return Mixture(sources, data.seq_len, config.seed)
 
 
-def _windows(config: RunConfig, cost: int, ledger: Ledger) -> int:
+def _windows(config: RunConfig, cost: int, ledger: Ledger, growth: Growth | None) -> int:
     budget = config.budget
     if budget.windows is not None:
         return budget.windows
@@ -184,7 +286,7 @@ def _windows(config: RunConfig, cost: int, ledger: Ledger) -> int:
             )
         return budget.tokens // config.data.seq_len
     if budget.flops is not None:
-        return windows_for(budget.flops, cost)
+        return _windows_for(budget.flops, cost, growth)
     other = budget.match_total or budget.match_spent
     assert other is not None  # BudgetSettings requires one key
     file = Path(other) / "run.json"
@@ -197,13 +299,13 @@ def _windows(config: RunConfig, cost: int, ledger: Ledger) -> int:
         raise HyperLlamaError(
             f"budget.match_total: this run inherits {ledger.inherited} FLOPs, {other} ended at {theirs.total}"
         )
-    return windows_for(flops, cost)
+    return _windows_for(flops, cost, growth)
 
 
 def _run_id(config: RunConfig, mixture: Mixture, start_hashes: dict[str, str] | None, windows: int) -> str:
     """Name and a hash of all that decides the run's result, rounding aside: the same run has the same id anywhere."""
     settings = config.model_dump(  # `windows` stands for the budget, the tokens in the mixture for the tokenizer
-        exclude={"name", "out", "device", "checkpoint", "export", "attention", "tokenizer", "budget", *WATCHING}
+        exclude={"name", "out", "device", "parallel", "checkpoint", "export", "attention", "tokenizer", "budget", *WATCHING}
     )
     for source in settings["data"]["sources"]:
         del source["path"]  # the mixture's fingerprint stands for what the paths hold

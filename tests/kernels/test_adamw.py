@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 from hyperllama.kernels import backend
-from hyperllama.kernels.adamw import CHUNK, adamw
+from hyperllama.kernels.adamw import CHUNK, LINE, adamw
 
 OPTIONS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -116,3 +116,48 @@ def test_compiled_equals_eager():
     torch.compile(step, backend="aot_eager", fullgraph=True)(*compiled)
     for expected, got in zip(eager, compiled, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("size", [5, 128, 3000, CHUNK + 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_groups_scale_the_update_eps_and_decay(size, dtype, implementation):
+    """The same as plain calls, group by group, with lr, eps and decay of their own."""
+    groups = torch.randint(3, (-(-size // LINE),), dtype=torch.uint8)
+    scales = torch.tensor([[1.0, 1.0, 1.0], [0.5, 0.25, 0.0], [2.0, 8.0, 3.0]])
+    start = [torch.randn(size), torch.randn(size), torch.zeros(size), torch.zeros(size)]
+    weights = None if dtype is None else torch.zeros(size, dtype=dtype)
+    scalars = {"lr": torch.tensor(0.01), "clip": torch.tensor(0.7)}
+    options = {**OPTIONS, "eps": 0.1}
+    whole = [t.clone() for t in start]
+    for step in (1, 2):
+        adamw(*whole, weights, **options, **scalars, step=torch.tensor(step), groups=groups, scales=scales)
+    of_element = groups.long().repeat_interleave(LINE)[:size]
+    for group, (a, b, d) in enumerate(scales.tolist()):
+        part = [t[of_element == group].double() for t in start]
+        for step in (1, 2):
+            adamw(
+                *part, None, lr=0.01 * a * torch.ones((), dtype=torch.float64), step=torch.tensor(step),
+                clip=torch.tensor(0.7, dtype=torch.float64), beta1=0.9, beta2=0.95, eps=0.1 * b, weight_decay=0.1 * d / a,
+            )  # fmt: skip
+        for got, expected in zip(whole, part, strict=True):
+            torch.testing.assert_close(got[of_element == group].double(), expected, rtol=1e-5, atol=1e-6)
+    assert weights is None or torch.equal(weights, whole[0].to(dtype))
+
+
+def test_a_group_of_ones_changes_no_bit():
+    start = [torch.randn(1000), torch.randn(1000), torch.rand(1000), torch.rand(1000)]
+    plain, grouped = ([t.clone() for t in start] for _ in range(2))
+    scalars = {"lr": torch.tensor(0.01), "clip": torch.tensor(0.7), "step": torch.tensor(3)}
+    adamw(*plain, None, **OPTIONS, **scalars)
+    adamw(*grouped, None, **OPTIONS, **scalars, groups=torch.zeros(8, dtype=torch.uint8), scales=torch.ones(1, 3))
+    assert all(torch.equal(a, b) for a, b in zip(plain, grouped, strict=True))
+
+
+@pytest.mark.parametrize("lines, columns", [(7, 3), (8, 2)])
+def test_groups_that_do_not_fit_are_refused(lines, columns):
+    one = torch.tensor(1)
+    with pytest.raises(ValueError, match="for every 128 elements"):
+        adamw(
+            *(torch.zeros(1000) for _ in range(4)), None, lr=one.float(), step=one, clip=one.float(), **OPTIONS,
+            groups=torch.zeros(lines, dtype=torch.uint8), scales=torch.ones(1, columns),
+        )  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from hyperllama.kernels.adamw import LINE
 from hyperllama.kernels.backend import use
 from hyperllama.kernels.grad_norm import CHUNK, grad_norm
 
@@ -36,3 +37,13 @@ def test_opcheck_and_compile():
     grad = torch.randn(100)
     opcheck(torch.ops.hyperllama.grad_norm.default, (grad,))
     assert torch.equal(torch.compile(grad_norm, backend="aot_eager", fullgraph=True)(grad), grad_norm(grad))
+
+
+@pytest.mark.parametrize("backend", ["reference", "csrc"])
+@pytest.mark.parametrize("size", [1, 200, 3 * CHUNK + 1])
+def test_squares_are_weighted_by_group(size, backend):
+    grad, weights = torch.randn(size), torch.tensor([1.0, 0.5, 3.0], dtype=torch.float64)
+    groups = torch.randint(3, (-(-size // LINE),), dtype=torch.uint8)
+    expected = (grad.double().square() * weights[groups.long()].repeat_interleave(LINE)[:size]).sum().sqrt()
+    with use(backend):
+        torch.testing.assert_close(grad_norm(grad, groups, weights), expected.float(), rtol=1e-7, atol=0)

@@ -138,27 +138,6 @@ def test_a_signal_that_comes_while_processes_ask_each_other_is_kept():
     assert request.signal == signal.SIGINT
 
 
-def test_two_processes_give_the_losses_of_one(study, undisturbed, tmp_path):
-    out = tmp_path / "two"
-    recipe = write_recipe(tmp_path / "recipe.yaml", settings(study, out, checkpoint={"every_steps": 2}))
-    process = cli(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "train.py",
-        str(recipe),
-        OMP_NUM_THREADS="1",
-    )
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    for one, two in zip(metrics(undisturbed), metrics(out), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
-        assert two["spent_flops"] == one["spent_flops"]
-    assert json.loads((out / "run.json").read_text())["processes"] == 2
-
-
 def test_losses_do_not_depend_on_the_micro_batch(study, undisturbed, tmp_path):
     train(run_config(study, tmp_path / "micro", micro_batch=3), quiet=True)
     for one, other in zip(metrics(undisturbed), metrics(tmp_path / "micro"), strict=True):

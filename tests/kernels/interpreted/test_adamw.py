@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hyperllama.kernels.adamw import adamw, adamw_reference
+from hyperllama.kernels.adamw import LINE, adamw, adamw_reference
 from tests.kernels.test_adamw import OPTIONS
 
 
@@ -40,3 +40,17 @@ def test_bias_corrections_are_exact_at_every_step(beta, step):
         step=torch.tensor(step), clip=one,
     )  # fmt: skip
     torch.testing.assert_close(master.item(), -(1 - beta) / (1 - beta**step), rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("size", [5, 1500])
+def test_groups_are_those_of_the_reference(size):
+    buffers = [torch.rand(size) - 0.5 for _ in range(4)]
+    buffers[3].abs_()
+    groups = torch.randint(3, (-(-size // LINE),), dtype=torch.uint8)
+    scales = torch.tensor([[1.0, 1.0, 1.0], [0.5, 0.25, 0.0], [2.0, 8.0, 3.0]])
+    scalars = {"lr": torch.tensor(0.01), "step": torch.tensor(3), "clip": torch.tensor(0.7)}
+    expected = [t.clone() for t in buffers]
+    adamw_reference(*expected, None, **scalars, **OPTIONS, groups=groups, scales=scales)
+    adamw(*buffers, None, **scalars, **OPTIONS, groups=groups, scales=scales)
+    for want, got in zip(expected, buffers, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
