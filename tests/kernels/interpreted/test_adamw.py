@@ -54,3 +54,11 @@ def test_groups_are_those_of_the_reference(size):
     adamw(*buffers, None, **scalars, **OPTIONS, groups=groups, scales=scales)
     for want, got in zip(expected, buffers, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_a_clip_of_zero_writes_nothing():
+    buffers = [torch.rand(9), torch.full((9,), float("nan")), torch.rand(9), torch.rand(9)]
+    before, weights = [t.clone() for t in buffers], torch.full((9,), 3.0, dtype=torch.bfloat16)
+    adamw(*buffers, weights, lr=torch.tensor(0.1), step=torch.tensor(2), clip=torch.tensor(0.0), **OPTIONS)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(buffers, before, strict=True))
+    assert (weights == 3).all()
