@@ -99,16 +99,16 @@ def products_roof(inputs: Inputs, traffic: int) -> Roof:
     x, weight = inputs[:2]
 
     def setup() -> Thunk:
-        copy, parts = copy_roofs(traffic)["copy"].setup(), [slice(*part) for part in chunks(x, weight, None)]
-        logits = torch.empty(max(p.stop - p.start for p in parts), weight.shape[0], dtype=x.dtype, device=x.device)
+        copy, parts = copy_roofs(traffic)["copy"].setup(), chunks(x, weight, None)
+        logits = torch.empty(max(rows for _, rows in parts), weight.shape[0], dtype=x.dtype, device=x.device)
         dx, dw = torch.empty_like(x), torch.empty_like(weight)
 
         def thunk() -> None:
             for part in parts:
-                z = logits[: part.stop - part.start]
-                torch.mm(x[part], weight.t(), out=z)
-                torch.mm(z, weight, out=dx[part])
-                torch.mm(z.t(), x[part], out=dw)
+                rows, z = x.narrow(0, *part), logits[: part[1]]
+                torch.mm(rows, weight.t(), out=z)
+                torch.mm(z, weight, out=dx.narrow(0, *part))
+                torch.mm(z.t(), rows, out=dw)
             copy()
 
         return thunk

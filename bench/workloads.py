@@ -9,6 +9,7 @@ from hyperllama.config import ModelConfig
 from hyperllama.kernels import grow, merge
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.attention import attention
+from hyperllama.kernels.embedding import embedding_backward_
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.model import Llama
 
@@ -100,3 +101,10 @@ def everything() -> None:
     for name in ("180M", "8B"):
         grow_and_merge(SHAPES[name], torch.bfloat16)
     grow_and_merge(SHAPES["572M"], torch.float32)
+    for shape in SHAPES.values():  # the variant by atomics, which is for those who ask for it
+        grad = torch.zeros(1024, shape.hidden_size, device="cuda")
+        ids, dy = (
+            torch.zeros(8, SEQ_LEN, dtype=torch.int64, device="cuda"),
+            torch.zeros(8, SEQ_LEN, shape.hidden_size, device="cuda"),
+        )
+        embedding_backward_(grad, ids, dy.bfloat16(), False)

@@ -22,7 +22,7 @@ from hyperllama.kernels.backend import constexpr, jit, tl
 from hyperllama.kernels.counter import uniform_triton
 
 BLOCK = 2048  # elements of every model a program takes; with 4 warps, 16 a thread: two 128-bit loads of bf16
-LARGE_BLOCK = 8192  # where a program ends in atomics: fewer of those
+LARGE_BLOCK = 4096  # where a program ends in atomics: fewer of those
 DIGITS = ((20, 11), (10, 10), (0, 10))  # (shift, bits) of the passes of the selection
 ALL, TOP, RANDOM = 0, 1, 2
 
@@ -260,7 +260,7 @@ def largest_triton(base: Tensor, models: Sequence[Tensor], keep: Sequence[int]) 
     equal = torch.empty(count, *grid, dtype=torch.int32, device=base.device)
     _equal_kernel[grid](base, models, state, equal, n, COUNT=count, BLOCK=LARGE_BLOCK, num_warps=8)
     _last_kernel[(count,)](
-        base, models, state, equal, n, *grid, COUNT=count, CHUNK=1024, BLOCK=LARGE_BLOCK, num_warps=8
+        base, models, state, equal, n, *grid, COUNT=count, CHUNK=1024, BLOCK=LARGE_BLOCK, num_warps=4
     )
     return state
 
