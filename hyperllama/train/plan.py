@@ -305,7 +305,18 @@ def _windows(config: RunConfig, cost: int, ledger: Ledger, growth: Growth | None
 def _run_id(config: RunConfig, mixture: Mixture, start_hashes: dict[str, str] | None, windows: int) -> str:
     """Name and a hash of all that decides the run's result, rounding aside: the same run has the same id anywhere."""
     settings = config.model_dump(  # `windows` stands for the budget, the tokens in the mixture for the tokenizer
-        exclude={"name", "out", "device", "parallel", "checkpoint", "export", "attention", "tokenizer", "budget", *WATCHING}
+        exclude={
+            "name",
+            "out",
+            "device",
+            "parallel",
+            "checkpoint",
+            "export",
+            "attention",
+            "tokenizer",
+            "budget",
+            *WATCHING,
+        }
     )
     for source in settings["data"]["sources"]:
         del source["path"]  # the mixture's fingerprint stands for what the paths hold
