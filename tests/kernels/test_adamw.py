@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 from hyperllama.kernels import backend
-from hyperllama.kernels.adamw import CHUNK, LINE, adamw
+from hyperllama.kernels.adamw import CHUNK, LINE, adamw, rounded_stochastically
 
 OPTIONS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -161,3 +161,54 @@ def test_groups_that_do_not_fit_are_refused(lines, columns):
             *(torch.zeros(1000) for _ in range(4)), None, lr=one.float(), step=one, clip=one.float(), **OPTIONS,
             groups=torch.zeros(lines, dtype=torch.uint8), scales=torch.ones(1, columns),
         )  # fmt: skip
+
+
+STEPS = 400
+
+
+def bf16_training(rounding, size=2000, update=2**-12):
+    """STEPS updates of 2^-12 each (beta1 = 0 and a constant gradient make them so) of bf16 masters of 1, whose step is 2^-7."""
+    master, one = torch.ones(size, dtype=torch.bfloat16), torch.ones(())
+    m, v = torch.zeros(2, size)
+    for step in range(1, STEPS + 1):
+        adamw(
+            master, -torch.ones(size), m, v, None, lr=update * one, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0,
+            step=torch.tensor(step), clip=one, rounding=rounding,
+        )  # fmt: skip
+    return master
+
+
+def test_stochastic_rounding_keeps_small_updates_on_average():
+    """An element is a sum of STEPS draws of 2^-7 with probability 1/32: rounded to nearest, it would never move."""
+    master = bf16_training(rounding=3).double()
+    share = 2**-5
+    deviation = 2**-7 * (STEPS * share * (1 - share)) ** 0.5
+    assert abs(master.mean() - (1 + STEPS * 2**-12)) < 5 * deviation / len(master) ** 0.5
+    assert 0.9 < master.std() / deviation < 1.1
+    assert torch.equal(bf16_training(rounding=3).double(), master)
+    assert not torch.equal(bf16_training(rounding=4).double(), master)
+
+
+def test_stochastic_rounding_is_to_a_neighbour():
+    values = torch.cat([torch.randn(5000) * 10.0 ** torch.randint(-20, 20, (5000,)), torch.zeros(3)])
+    rounded = rounded_stochastically(values, 7, torch.arange(len(values)))
+    down = (values.view(torch.int32) & -(1 << 16)).view(torch.float32)
+    assert ((rounded.float() == down) | (rounded.float().view(torch.int32) == down.view(torch.int32) + (1 << 16))).all()
+    exact = values.bfloat16().float()
+    assert torch.equal(rounded_stochastically(exact, 7, torch.arange(len(values))).float(), exact)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"master": torch.zeros(4, dtype=torch.bfloat16)}, "need the key `rounding`"),
+        ({"grad": torch.zeros(4, dtype=torch.float16)}, "must be all fp32"),
+        ({"rounding": 1}, "rounding is for bf16 masters"),
+        ({"rounding": 1, "master": torch.zeros(4, dtype=torch.bfloat16), "weights": torch.zeros(4)}, "rounding is for"),
+    ],
+)
+def test_dtypes_that_do_not_fit_are_refused(changes, sentence):
+    buffers = {name: torch.zeros(4) for name in ("master", "grad", "m", "v")} | {"weights": None}
+    scalars = {"lr": torch.tensor(0.1), "step": torch.tensor(1), "clip": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match=sentence):
+        adamw(**(buffers | changes), **scalars, **OPTIONS)

@@ -62,3 +62,17 @@ def test_a_clip_of_zero_writes_nothing():
     adamw(*buffers, weights, lr=torch.tensor(0.1), step=torch.tensor(2), clip=torch.tensor(0.0), **OPTIONS)
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(buffers, before, strict=True))
     assert (weights == 3).all()
+
+
+@pytest.mark.parametrize("key", [0, 5, -(1 << 62)])
+def test_stochastic_rounding_draws_as_the_reference(key):
+    """The same draws; an update may differ in its last bit of fp32, and then rarely in bf16."""
+    size = 3000
+    buffers = [(torch.rand(size) + 1).bfloat16(), *(torch.rand(3, size) - 0.5)]
+    buffers[3].abs_()
+    scalars = {"lr": torch.tensor(0.01), "step": torch.tensor(1 << 21), "clip": torch.tensor(0.7)}
+    expected = [t.clone() for t in buffers]
+    adamw_reference(*expected, None, **scalars, **OPTIONS, rounding=key)
+    adamw(*buffers, None, **scalars, **OPTIONS, rounding=key)
+    assert (buffers[0] == expected[0]).float().mean() > 0.995
+    torch.testing.assert_close(buffers[0], expected[0], rtol=2**-7, atol=0)
