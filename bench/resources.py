@@ -64,7 +64,14 @@ class Allowed:
     target: str | None = None
 
 
-ALLOWED: tuple[Allowed, ...] = ()
+ALLOWED: tuple[Allowed, ...] = (
+    Allowed(
+        "embedding._join_kernel",
+        "narrow",
+        "eight pieces of 64 columns are two fp32 a thread of its 256; it reads what ids that come again leave, little",
+        target="gfx942",
+    ),
+)
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: its dicts have no hash

@@ -112,6 +112,8 @@ def processes(device: str, seconds: float) -> Iterator[Processes]:
         yield Processes(rank, world, picked)
         return
     store, rank, world = next(rendezvous("env://"))
+    # torchrun keeps its store when it restarts processes, with the addresses of those before in it
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # integers of the host go through Gloo: asking for them must not wait for the GPU. The library's own time limit is the last
     # resort: before the loop, one process may check the data's hashes for long
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
