@@ -34,10 +34,8 @@ SCHEMA = 1
 BINDING = 65536  # tokens: the smallest at which the 180M shape moves 250 MB
 MODES: dict[str, Any] = {"cold": {"cold": True, "graph": True}, "warm": {"graph": True}, "eager": {"cold": True}}
 HEAD_LEAST = {"180M": 1 / 1.15, "572M": 1 / 1.10}  # against its three products and a copy of its logits
-ATTENTION_LEAST = {
-    "attention": 0.80,
-    "attention with backward": 0.75,
-}  # against every other backend, so against the best
+# against every other backend, so against the best; a backward is timed with its forward, so 0.75 is asked of both together
+ATTENTION_LEAST = {"attention": 0.80, "attention with backward": 0.75}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
     y = x W^T;   dx = dy W;   dW += dy^T x
 
-x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32 (fp64), and so are the sums added to it. GEMMs are torch's, but for
-two on a CPU. fp32 products are oneDNN's, which torch takes for bf16 only: on AMD, MKL is a fifth slower. dW is C++, which packs
-both sides once, and adds fp32 sums where torch would round a product to bf16 first; where the CPU has AMX, bf16 stays torch's. On a
-GPU dW is accumulated by the GEMM itself (beta = 1, no further pass over it).
+x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32 (fp64), and so are the sums added to it. y and dx are torch's
+products. dW on a CPU is C++, which packs both sides once, and adds fp32 sums where torch would round a product to bf16 first; where
+the CPU has AMX, bf16 stays torch's. On a GPU dW is accumulated by the GEMM itself (beta = 1, no further pass over it).
 """
 
 from ctypes import c_int64
@@ -17,23 +16,9 @@ from torch.nn import functional
 
 from hyperllama.kernels.backend import choose, csrc, pointer
 
-# what torch.compile makes of a linear layer; builds without oneDNN lack it
-_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# dtypes of oneDNN's products, and of dW in C++; on other CPUs than have been measured all stays torch's
+# dtypes whose dW is summed in C++; on other CPUs than have been measured it stays torch's
 _MEASURED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-PRODUCTS = (torch.float32,) if _MEASURED and _ONEDNN else ()
 SUMS = (torch.float32, *(() if torch.cpu._is_amx_tile_supported() else (torch.bfloat16,))) if _MEASURED else ()
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., K) times the transpose of weight (N, K), whatever its strides; without a gradient."""
-    implementations = {"reference": functional.linear} | ({"csrc": _product_onednn} if x.numel() else {})
-    return choose(implementations, x, PRODUCTS)(x, weight)
-
-
-def _product_onednn(x: Tensor, weight: Tensor) -> Tensor:
-    y = _ONEDNN(x.flatten(0, -2).contiguous(), weight, None, "none", [], "")
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])  # a view could not be rotated in place
 
 
 def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
@@ -65,13 +50,13 @@ class _Accumulating(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad
-        return product(x, weight)
+        return functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
         accumulate_product(ctx.main_grad, dy.flatten(0, -2), x.flatten(0, -2))
-        return product(dy, weight.t()), None, None
+        return dy @ weight, None, None
 
 
 def linear(x: Tensor, weight: Tensor, *, main_grad: Tensor | None = None) -> Tensor:

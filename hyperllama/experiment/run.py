@@ -374,11 +374,10 @@ def _curve(metrics: Path) -> list[list[float]]:
     """Training loss against total FLOPs: means over at most 200 equal stretches of steps, every window counted once.
 
     A last stretch that is not whole joins the one before: a budget's last step may be one window, and its loss mere noise.
+    Steps that were skipped have no loss and take no part.
     """
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    counts = [
-        line["windows"] - before for line, before in zip(lines, [0, *(line["windows"] for line in lines)], strict=False)
-    ]
+    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if line["loss"] is not None]
+    counts = [line["batch"] for line in lines]
     stretch = -(-len(lines) // CURVE_POINTS)
     parts = [range(i, min(i + stretch, len(lines))) for i in range(0, len(lines), stretch)]
     if len(parts) > 1 and sum(counts[i] for i in parts[-1]) < sum(counts[i] for i in parts[-2]):

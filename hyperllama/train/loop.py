@@ -40,7 +40,7 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
     Diverged when too many steps in a row had no finite loss or gradient; Lost when another process is gone.
     """
     out = Path(config.out)
-    with processes(config.device, config.timeout_seconds) as mine:
+    with processes(config.device, config.timeout_seconds) as mine, deterministic(config.deterministic):
         plan = make_plan(config)
         check_folder(plan)
         if (out / "run.json").is_file():
@@ -53,8 +53,7 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
         if mine.device.type == "cpu":
             keep_freed_blocks()
         try:
-            with deterministic(config.deterministic):
-                return _train(plan, mine, label or config.name, attention, quiet=quiet or not mine.is_main)
+            return _train(plan, mine, label or config.name, attention, quiet=quiet or not mine.is_main)
         finally:
             give_back_freed_blocks()
 

@@ -130,7 +130,8 @@ def test_a_curve_counts_every_window_once_and_its_last_point_is_no_single_window
     file = tmp_path / "metrics.jsonl"
     windows = [4 * i for i in range(1, 500)] + [4 * 499 + 1]
     lines = [
-        {"windows": w, "total_flops": 10 * w, "loss": 9.0 if w == windows[-1] else i % 2} for i, w in enumerate(windows)
+        {"batch": min(4, windows[-1] - 4 * i), "total_flops": 10 * w, "loss": 9.0 if w == windows[-1] else i % 2}
+        for i, w in enumerate(windows)
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     curve = _curve(file)
@@ -140,6 +141,9 @@ def test_a_curve_counts_every_window_once_and_its_last_point_is_no_single_window
     mean = sum(w * loss for w, (_, loss) in zip(weights, curve, strict=True)) / sum(weights)
     assert mean == pytest.approx((4 * 249 + 9) / windows[-1], abs=1e-6)
     assert curve[-1][1] < 2
+    lines.insert(7, {"batch": 4, "total_flops": 0, "loss": None})  # a step that was skipped
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _curve(file) == curve
 
 
 def test_another_recipe_is_refused_in_the_same_folder(study):

@@ -126,3 +126,23 @@ def test_launches_can_be_chosen_for_a_gpu_that_is_not_there():
     with backend.pretend(backend.GPUS["gfx942"]):
         assert (backend.gpu_of(x).multiprocessors, backend.gpu_of(x).warp, backend.gpu_of(x).capability) == (304, 64, 0)
     assert backend.gpu_of(x).arch == "interpreter" and backend.GPUS["sm_100"].capability == 100
+
+
+def test_everything_imports_and_runs_without_triton():
+    """As on a machine where only the package's own requirements are installed."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib, pkgutil, torch, hyperllama.kernels, hyperllama.experiment.run\n"
+        "names = [found.name for found in pkgutil.iter_modules(hyperllama.kernels.__path__)]\n"
+        "assert [importlib.import_module('hyperllama.kernels.' + name) for name in names]\n"
+        "from hyperllama.arena import Arena\n"
+        "from hyperllama.config import ModelConfig\n"
+        "from hyperllama.model import Llama\n"
+        "config = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16,\n"
+        "    vocab_size=128, max_position_embeddings=8)\n"
+        "model = Llama(config, Arena(config, torch.float32, 'cpu', training=True)); model.init_weights(0)\n"
+        "ids = torch.arange(8)[None]; model.loss(ids, ids, loss_weight=1 / 8).backward()\n"
+        "assert model.arena.grad.isfinite().all() and model.arena.grad.any()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ def test_it_accumulates_what_autograd_returns(dtype, shape):
     main_grad = torch.ones(40, 24, dtype=torch.promote_types(dtype, torch.float32))
     for _ in range(2):
         again = linear(x, weight, main_grad=main_grad)
-        torch.testing.assert_close(again, y)  # by another library in fp32
+        assert torch.equal(again, y)
         again.backward(upstream)
     torch.testing.assert_close(x.grad, 2 * dx)
     wide = [
@@ -66,7 +66,9 @@ def test_error_is_at_most_twice_plain_torchs(dtype, shape):
         truth = plain(x.double(), weight.double(), upstream.double())
         torchs = plain(x, weight, upstream)
     for exact, theirs, ours in zip(truth, torchs, accumulating(x, weight, upstream), strict=True):
-        assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + 1e-7 * exact.norm()
+        # where torch happens to be exact, one rounding of the largest value is allowed, as everywhere (truth.py)
+        rounding = torch.finfo(ours.dtype).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= max(2 * (theirs - exact).abs().max(), rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

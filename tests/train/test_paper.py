@@ -113,3 +113,17 @@ def test_deterministic_asks_torch_for_it_and_gives_the_setting_back(study, tmp_p
     for name in ("one", "two"):
         train(run_config(study, tmp_path / name, deterministic=True, budget={"windows": 16}), quiet=True)
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+
+
+def test_deterministic_holds_where_attention_is_chosen(study, tmp_path, monkeypatch):
+    """Otherwise `auto` could choose a backend that a deterministic run may not have."""
+    seen = []
+
+    def chosen(plan, mine, *, quiet):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return {"backend": "sdpa"}
+
+    monkeypatch.setattr("hyperllama.train.loop.attention_backend", chosen)
+    for wanted in (True, False):
+        train(run_config(study, tmp_path / str(wanted), deterministic=wanted, budget={"windows": 8}), quiet=True)
+    assert seen == [True, False]
