@@ -320,7 +320,7 @@ def merge_command(
 
     given = with_extensions(read_recipe(recipe), seed=seed, compat=compat)
     if search:
-        _search_merge(given, out, dev or [], learn or [], evaluations, dry_run, as_json, quiet)
+        _search_merge(given, out, dev or [], learn or [], evaluations, dry_run, as_json, quiet, sync)
         return
     if dev or learn:
         raise HyperLlamaError("--dev and --learn are for --search")
@@ -343,6 +343,7 @@ def _search_merge(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    sync: bool,
 ) -> None:
     """Search, write the best recipe beside OUT as OUT.yaml, merge by it."""
     from hyperllama.files import write_text
@@ -367,7 +368,7 @@ def _search_merge(
     if not as_json:
         _table(found.rows)
     with _bar("merge", disable=quiet) as progress:
-        summary = run(found.plan, out, progress=progress, found=found)
+        summary = run(found.plan, out, sync=sync, progress=progress, found=found)
     write_text(best, found.plan.recipe.source)
     tried = {"tried": found.rows} if as_json else {}
     _print({"recipe": str(best), "evaluations": found.evaluations, **tried, **summary}, as_json)

@@ -1,5 +1,7 @@
 """The same threads and the same random numbers for every test, and what several of them read."""
 
+import signal
+
 import pytest
 import torch
 
@@ -26,3 +28,8 @@ def number_of_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_configure():
+    """A job that a shell starts in the background ignores SIGINT, and so would all processes that tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
