@@ -26,6 +26,8 @@ from hyperllama.files import read_json, write_json
 from hyperllama.merge import parse_recipe, plan
 from hyperllama.merge.executor import run as run_merge
 from hyperllama.merge.learned import learn
+from hyperllama.merge.recipe import with_extensions
+from hyperllama.merge.regmean import regmean
 from hyperllama.merge.search import PAPERS, Candidate, Development, search
 from hyperllama.train.loop import train
 
@@ -96,6 +98,10 @@ def compare(study: Study, family: str) -> dict[str, dict[str, Any]]:
         planned = plan(candidate.recipe(given))
         learned = learn(planned) if candidate.learn else None
         note(name, test.measure(planned, learned), learned.flops if learned else 0)
+    texts = [next(file for file in parts["learn"] if Path(file).stem == tag) for tag in c.targets]
+    planned = plan(with_extensions(merges([])["linear"].recipe(given), regmean={"texts": texts}))
+    solved = regmean(planned)
+    note("regmean", test.measure(planned, solved), solved.flops)
     found = search(given, parts["choose"], TUNING, shares=False)
     note("best of the five, scale tuned", test.measure(found.plan), found.flops, chosen=found.rows[0]["merge"])
 

@@ -31,10 +31,8 @@ from hyperllama.merge.steps import Input, Step
 from hyperllama.weights import NewTensor, hex_hash
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hyperllama.merge.learned import Learned
     from hyperllama.merge.search import Found
+    from hyperllama.merge.tensors import Prepared
 
 Progress = Callable[[int, int], None]
 Hashes = dict[str, dict[str, str]]
@@ -48,17 +46,12 @@ def _is_op(call: Call | TensorCall) -> bool:
     return isinstance(call, Call) and call.working is None and not call.gammas and not call.epsilons
 
 
-def _merge(
-    step: Step, folders: dict[str, Folder], writer: FolderWriter, coefficients: "list[Tensor] | None" = None
-) -> Hashes:
-    """Carry out a step into its place; returns the hashes of the tensors it read.
-
-    coefficients: what learning multiplies each model's part by.
-    """
+def _merge(step: Step, folders: dict[str, Folder], writer: FolderWriter, prepared: "Prepared | None" = None) -> Hashes:
+    """Carry out a step into its place; returns the hashes of the tensors it read."""
     call = step.call
     dtypes = {step.dtype, *(folders[read.model].dtype(read.tensor) for read in step.reads)}
-    if coefficients or step.importance or not _is_op(call) or not dtypes <= set(DTYPES) or not usable():
-        return _merge_in_memory(step, folders, writer, coefficients)
+    if prepared or step.importance or not _is_op(call) or not dtypes <= set(DTYPES) or not usable():
+        return _merge_in_memory(step, folders, writer, prepared)
     assert isinstance(call, Call)
     inputs = [folders[read.model].raw(read.tensor) for read in step.inputs]
     base = None if step.base is None else folders[step.base.model].raw(step.base.tensor)
@@ -88,13 +81,13 @@ def _merge(
 
 
 def _merge_in_memory(
-    step: Step, folders: dict[str, Folder], writer: FolderWriter, coefficients: "list[Tensor] | None"
+    step: Step, folders: dict[str, Folder], writer: FolderWriter, prepared: "Prepared | None"
 ) -> Hashes:
     import torch
 
     from hyperllama.merge.tensors import merged
 
-    result = merged(step, folders, coefficients).contiguous().reshape(-1).view(torch.uint8).numpy()
+    result = merged(step, folders, prepared).contiguous().reshape(-1).view(torch.uint8).numpy()
     hashes: Hashes = {}
     for read in step.reads:
         content = folders[read.model].bytes(read.tensor)
@@ -108,8 +101,8 @@ def _expect(reads: tuple[Input, ...], folders: dict[str, Folder]) -> None:
         folders[read.model].file(read.tensor).expect(read.tensor, AHEAD)
 
 
-def _card(plan: Plan, hashes: Hashes, learned: "Learned | None") -> dict[str, Any]:
-    """Where the merge comes from: recipe, what was read, FLOPs of every ancestor run and of learning, tokens by language."""
+def _card(plan: Plan, hashes: Hashes, prepared: "Prepared | None") -> dict[str, Any]:
+    """Where the merge comes from: recipe, what was read, FLOPs of every ancestor run and of preparing, tokens by language."""
     made_from: list[dict[str, str]] = []
     ledgers: list[Ledger] = []
     by_model: dict[str, dict[str, int]] = {}
@@ -120,11 +113,12 @@ def _card(plan: Plan, hashes: Hashes, learned: "Learned | None") -> dict[str, An
         by_model[label] = dict(folder.card.get("token_counts", {}))
         for language, count in by_model[label].items():
             tokens[language] = tokens.get(language, 0) + count
-    learn = plan.recipe.hyperllama.learn
-    made_from += [{"path": text, "sha256": sha256_file(text)} for text in (learn.texts if learn else [])]
+    extensions = plan.recipe.hyperllama
+    texts = [text for reads in (extensions.learn, extensions.regmean) if reads for text in reads.texts]
+    made_from += [{"path": text, "sha256": sha256_file(text)} for text in texts]
     identity = json.dumps([plan.recipe.model_dump(mode="json"), made_from], sort_keys=True)
     ledger = Ledger.child(f"merge-{hashlib.sha256(identity.encode()).hexdigest()[:16]}", ledgers)
-    ledger.spent = learned.flops if learned else 0
+    ledger.spent = prepared.flops if prepared else 0
     return {
         "kind": "merge",
         "ledger": ledger.to_json(),
@@ -134,7 +128,7 @@ def _card(plan: Plan, hashes: Hashes, learned: "Learned | None") -> dict[str, An
         "recipe": plan.recipe.source,
         "hyperllama": plan.recipe.hyperllama.describe(),
         "notes": plan.notes,
-        **({"learned": learned.describe()} if learned else {}),
+        **(prepared.describe() if prepared else {}),
     }
 
 
@@ -162,12 +156,16 @@ def _job(plan: Plan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _learned(plan: Plan) -> "Learned | None":
-    if plan.recipe.hyperllama.learn is None:
-        return None
-    from hyperllama.merge.learned import learn
+def _prepared(plan: Plan) -> "Prepared | None":
+    if plan.recipe.hyperllama.learn:
+        from hyperllama.merge.learned import learn
 
-    return learn(plan)
+        return learn(plan)
+    if plan.recipe.hyperllama.regmean:
+        from hyperllama.merge.regmean import regmean
+
+        return regmean(plan)
+    return None
 
 
 def run(
@@ -191,7 +189,7 @@ def run(
     check_output(plan, out, overwrite)
     tensors = [NewTensor(step.name, step.dtype, step.shape) for step in plan.steps]
     same = {label: next(k for k, f in plan.folders.items() if f is folder) for label, folder in plan.folders.items()}
-    learned = found.learned if found else _learned(plan)
+    prepared = found.learned if found else _prepared(plan)
     hashes: Hashes = {}
     done = 0
     with streamed_folder(out, tensors, _job(plan), overwrite=overwrite, sync=sync) as writer:
@@ -200,8 +198,7 @@ def run(
             if i + 1 < len(plan.steps):
                 _expect(plan.steps[i + 1].reads, plan.folders)
             known = writer.done.get(step.name)
-            coefficients = learned.weights[step.name] if learned else None
-            reads = known["reads"] if known else _merge(step, plan.folders, writer, coefficients)
+            reads = known["reads"] if known else _merge(step, plan.folders, writer, prepared)
             for label, read in reads.items():
                 for name, digest in read.items():
                     plan.folders[label].check_hash(name, digest)
@@ -209,7 +206,7 @@ def run(
             done += tensor.n_bytes
             if progress is not None:
                 progress(done, plan.bytes_written)
-        card = _card(plan, hashes, learned)
+        card = _card(plan, hashes, prepared)
         if found:
             card["ledger"]["spent"] = found.flops
             card["search"] = {"evaluations": found.evaluations, "tried": found.rows}

@@ -26,7 +26,9 @@ from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate.folder import folder_start
 from hyperllama.flops import window_flops
 from hyperllama.hub import model_config
+from hyperllama.kernels.merge import weighted
 from hyperllama.merge.planner import Plan
+from hyperllama.merge.steps import Step
 from hyperllama.merge.tensors import effective_differences
 from hyperllama.model import Llama
 
@@ -42,10 +44,17 @@ class Learned:
     losses: list[float]
     flops: int
 
+    def tensor(self, step: Step, sources: Any) -> Tensor:
+        """A step's tensor with its coefficients, in fp32."""
+        base, differences = effective_differences(step, sources)
+        ends = [base + difference for difference in differences]
+        return weighted(base, ends, self.weights[step.name], normalize=False, out_dtype=torch.float32)
+
     def describe(self) -> dict[str, Any]:
         """For the merge's card: losses, FLOPs and, by tensor, each model's mean coefficient."""
         means = {name: [round(float(c.mean()), 4) for c in weights] for name, weights in self.weights.items()}
-        return {"bits_per_byte": [round(loss, 4) for loss in self.losses], "flops": self.flops, "coefficients": means}
+        losses = [round(loss, 4) for loss in self.losses]
+        return {"learned": {"bits_per_byte": losses, "flops": self.flops, "coefficients": means}}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from hyperllama.dtypes import BYTES
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import sha256_file
 from hyperllama.hub import Folder, check_tied, factor_is_folded, model_config, open_folder
+from hyperllama.merge.methods import Call
 from hyperllama.merge.recipe import Recipe
 from hyperllama.merge.steps import Step, tensor_steps
 from hyperllama.names import HEAD, logical_tensors
@@ -141,6 +142,18 @@ def _tokenizer(folders: dict[str, Folder]) -> Path | None:
     return first
 
 
+def _check_regmean(step: Step) -> None:
+    """Least squares divide by the sum of the weighted models."""
+    assert isinstance(step.call, Call)
+    if not step.call.normalize:
+        raise HyperLlamaError(f"tensor {step.name}: hyperllama.regmean needs normalize: true")
+    if min(step.call.weights) < 0 or not any(step.call.weights):
+        raise HyperLlamaError(
+            f"tensor {step.name}: hyperllama.regmean needs weights of 0 or more, not all 0; they are "
+            f"{list(step.call.weights)}"
+        )
+
+
 def plan(recipe: Recipe, cwd: str | Path = ".") -> Plan:
     """Check a recipe against its model folders, whose paths are relative to `cwd`, without reading a tensor.
 
@@ -158,6 +171,9 @@ def plan(recipe: Recipe, cwd: str | Path = ".") -> Plan:
             if step.importance is not None:
                 reads = [(folders[read.model].path, read.tensor) for read in step.inputs]
                 check_companions(step.importance, reads, step.shape)
+    if recipe.hyperllama.regmean:
+        for step in steps:
+            _check_regmean(step)
 
     notes = list(recipe.notes)
     has_head = steps[-1].name == HEAD

@@ -170,12 +170,25 @@ class Learn(_Strict):
     seed: int = 0
 
 
+class RegMeanSettings(_Strict):
+    """Linear layers merged by least squares on the models' own inputs: see regmean.py.
+
+    texts: one file a model, in the order of the models and without the base, read from the working folder. windows: of `seq_len`
+    tokens (None: the model's longest) of each, drawn by `seed`. off_diagonal: what the products of different inputs are scaled by.
+    """
+
+    texts: list[str] = Field(min_length=1)
+    windows: int = Field(64, gt=0)
+    off_diagonal: float = Field(0.9, ge=0, lt=1)
+    seq_len: int | None = Field(None, gt=0)
+    seed: int = 0
+
+
 class Extensions(_Strict):
     """What HyperLlama understands beyond mergekit, under `hyperllama:`.
 
     importance: what weighs the models further, by row or element; a tensor takes the first entry that matches it.
-    learn: the weights are where learning begins.
-
+    learn: the weights are where learning begins. regmean: how the linear layers are merged instead.
     seed: of the random masks of DARE and DELLA. compat: "mergekit" rounds every operation of linear and of the task-vector
     methods to the working dtype, as it does; the others differ from it by rounding alone.
     """
@@ -184,6 +197,7 @@ class Extensions(_Strict):
     compat: Literal["mergekit"] | None = None
     importance: list[Importance] = Field(default_factory=list)
     learn: Learn | None = None
+    regmean: RegMeanSettings | None = None
 
     def describe(self) -> dict[str, Any]:
         """As plain values; what is not asked for is left out."""
@@ -237,6 +251,8 @@ class Recipe(_Strict):
         if self.hyperllama.learn and (not method.weighable or not method.needs_base or self.hyperllama.compat):
             other = "compat: mergekit" if self.hyperllama.compat else self.merge_method
             raise ValueError(f"hyperllama.learn works with task_arithmetic, not with {other}")
+        if self.hyperllama.regmean:
+            self._check_regmean(self.hyperllama.regmean)
         for where, parameters, per_model in self._levels():
             for name in parameters:
                 valid = {*method.model_parameters, *(() if per_model else method.merge_parameters)}
@@ -245,6 +261,25 @@ class Recipe(_Strict):
                 if name not in valid and name not in method.inert:
                     raise ValueError(f"{where}.{name} is no parameter of {self.merge_method}; {nearest(name, valid)}")
         return self
+
+    def _check_regmean(self, settings: RegMeanSettings) -> None:
+        if not METHODS[self.merge_method].weighable or self.hyperllama.compat:
+            other = "compat: mergekit" if self.hyperllama.compat else self.merge_method
+            raise ValueError(f"hyperllama.regmean works with linear and task_arithmetic, not with {other}")
+        if self.hyperllama.importance or self.hyperllama.learn:
+            other = "importance" if self.hyperllama.importance else "learn"
+            raise ValueError(
+                f"hyperllama.regmean and hyperllama.{other} can't be used together: each weighs the same tensors"
+            )
+        if self.slices:
+            raise ValueError("hyperllama.regmean runs the models as they are: give 'models', not 'slices'")
+        merged = [
+            model for model in self.models or [] if model.model != self.base_model or self.merge_method == "linear"
+        ]
+        if len(settings.texts) != len(merged):
+            raise ValueError(
+                f"hyperllama.regmean.texts has {len(settings.texts)} files for {len(merged)} models: give one a model"
+            )
 
     def _levels(self) -> Iterator[tuple[str, Parameters, bool]]:
         """(place in the YAML, parameters, whether they belong to one model) of every parameter mapping."""

@@ -30,7 +30,7 @@ from hyperllama.hub import model_config
 from hyperllama.merge.learned import Learned, learn
 from hyperllama.merge.planner import Plan, plan
 from hyperllama.merge.recipe import Recipe, parse_recipe
-from hyperllama.merge.tensors import merged_tensors
+from hyperllama.merge.tensors import Prepared, merged_tensors
 from hyperllama.model import Llama
 
 STEP = 1.25  # of a scale
@@ -118,12 +118,12 @@ class Development:
         windows = [window for n in lengths for window in windows_of(0, n, self.seq_len)]
         self.flops = sum(window_flops(config, window.end - window.begin) // 3 for window in windows)
 
-    def measure(self, planned: Plan, learned: Learned | None = None) -> dict[str, float]:
+    def measure(self, planned: Plan, prepared: Prepared | None = None) -> dict[str, float]:
         """Bits per byte of each text under a merge. Raises HyperLlamaError when weights or losses are not finite."""
         if planned.config["tie_word_embeddings"] != self.shape["tie_word_embeddings"]:
             raise HyperLlamaError("a candidate is tied where the recipe is not, or the other way round")
         views = self.arena.logical("weights")
-        for name, tensor in merged_tensors(planned.steps, planned.folders, learned.weights if learned else None):
+        for name, tensor in merged_tensors(planned.steps, planned.folders, prepared):
             views[name].copy_(tensor)
         return {
             text: sum(score(self.model, sequences, start=self.start, seq_len=self.seq_len).nll)

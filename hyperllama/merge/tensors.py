@@ -1,7 +1,7 @@
 """Merge steps on torch tensors: models in memory, on the inputs' device, and the methods that need torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,36 +33,47 @@ class _InMemory:
         return self._tensors[name].detach()
 
 
-def merged(step: Step, sources: Mapping[str, Any], coefficients: Sequence[Tensor] | None = None) -> Tensor:
+class Prepared(Protocol):
+    """What a merge works out before its first tensor, from texts: coefficients, or tensors. FLOPs are what that took."""
+
+    @property
+    def flops(self) -> int: ...
+    def tensor(self, step: Step, sources: Mapping[str, Any]) -> Tensor | None:
+        """A step's tensor, in fp32; None: as the step says."""
+
+    def describe(self) -> dict[str, Any]:
+        """For the merge's card."""
+
+
+def merged(step: Step, sources: Mapping[str, Any], prepared: Prepared | None = None) -> Tensor:
     """The tensor of one step; sources: model name -> what has `tensor(name)`, a folder where the step has an importance.
 
-    coefficients: what multiplies each model's part of a merge by task arithmetic, where that was learnt.
     Raises HyperLlamaError when it is not finite.
     """
-    tensors = [sources[read.model].tensor(read.tensor) for read in step.inputs]
-    base = None if step.base is None else sources[step.base.model].tensor(step.base.tensor)
     dtype = getattr(torch, step.dtype)
-    if coefficients is not None:
-        base, differences = effective_differences(step, sources)
-        ends = [base + difference for difference in differences]
-        result = kernels.weighted(base, ends, coefficients, normalize=False, out_dtype=dtype)
-    elif step.importance is not None:
-        call = step.call
-        assert isinstance(call, Call)  # of linear or task_arithmetic
-        result = kernels.weighted(base, tensors, _weights(step, sources), call.lam, call.normalize, dtype)
-    else:
-        result = combine(step.call, base, tensors, dtype)
+    result = prepared.tensor(step, sources) if prepared else None
+    result = _as_planned(step, sources, dtype) if result is None else result.to(dtype)
     if not torch.isfinite(result).all():
         raise step.not_finite()
     return result
 
 
+def _as_planned(step: Step, sources: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    tensors = [sources[read.model].tensor(read.tensor) for read in step.inputs]
+    base = None if step.base is None else sources[step.base.model].tensor(step.base.tensor)
+    if step.importance is None:
+        return combine(step.call, base, tensors, dtype)
+    call = step.call
+    assert isinstance(call, Call)  # of linear or task_arithmetic
+    return kernels.weighted(base, tensors, _weights(step, sources), call.lam, call.normalize, dtype)
+
+
 def merged_tensors(
-    steps: Sequence[Step], sources: Mapping[str, Any], coefficients: Mapping[str, Sequence[Tensor]] | None = None
+    steps: Sequence[Step], sources: Mapping[str, Any], prepared: Prepared | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, merged tensor) of steps in their order, as files would hold them; `coefficients` by name."""
+    """(name, merged tensor) of steps in their order, as files would hold them."""
     for step in steps:
-        yield step.name, merged(step, sources, coefficients[step.name] if coefficients else None)
+        yield step.name, merged(step, sources, prepared)
 
 
 def _weights(step: Step, sources: Mapping[str, Any]) -> list[Tensor]:
@@ -121,8 +132,8 @@ def merge_tensors(recipe: Recipe, models: Mapping[str, Mapping[str, Tensor]]) ->
     """
     if missing := [name for name in recipe.model_names if name not in models]:
         raise HyperLlamaError(f"the recipe names model {missing[0]}, given are {', '.join(models)}")
-    if recipe.hyperllama.importance or recipe.hyperllama.learn:
-        raise HyperLlamaError("hyperllama.importance and hyperllama.learn read files: merge folders, not live models")
+    if recipe.hyperllama.importance or recipe.hyperllama.learn or recipe.hyperllama.regmean:
+        raise HyperLlamaError("hyperllama.importance, learn and regmean read files: merge folders, not live models")
     sources = {label: _InMemory(tensors) for label, tensors in models.items()}
     steps = tensor_steps(recipe, sources, {label for label in models if HEAD not in models[label]})
     return ((step.name, merged(step, sources)) for step in steps)
