@@ -4,12 +4,18 @@
 
 namespace hyperllama {
 
-// 24 uniform bits: times 2^-24 they are counter.py's `uniform`.
-inline uint32_t random_bits(uint64_t key, uint64_t counter) {
-    uint64_t z = key + (counter + 1) * 0x9E3779B97F4A7C15u;
+// What counters 2 `pair` and 2 `pair` + 1 share: 24 uniform bits of the first are its low half >> 8, of the second its high half >> 8.
+// Times 2^-24 they are counter.py's `uniform`.
+inline uint64_t random_pair(uint64_t key, uint64_t pair) {
+    uint64_t z = key + (pair + 1) * 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return uint32_t((z ^ (z >> 31)) >> 40);
+    return z ^ (z >> 31);
+}
+
+inline uint32_t random_bits(uint64_t key, uint64_t counter) {
+    const uint64_t z = random_pair(key, counter >> 1);
+    return (counter & 1 ? uint32_t(z >> 32) : uint32_t(z)) >> 8;
 }
 
 }  // namespace hyperllama

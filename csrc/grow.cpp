@@ -49,11 +49,12 @@ void grow(const T* source, Target& out, int64_t rows, int64_t cols, int64_t p, i
                 for (int64_t j = 0; j < n; j++) store(shared + j, load(from + first + j) / half);
                 for (int64_t pair = 0; pair < pairs; pair++) {
                     T *one = line.data() + 2 * pair * cols + first, *other = one + cols;
-                    const uint64_t counter = uint64_t(2 * (row * wide + 2 * pair * cols + first));
+                    const uint64_t drawn = uint64_t(row * wide + 2 * pair * cols + first);
 #pragma omp simd
                     for (int64_t j = 0; j < n; j++) {
-                        float share = float(int32_t(random_bits(key, counter + 2 * j))) * 0x1p-24f * scale + 0.5f;
-                        bool coin = random_bits(key, counter + 2 * j + 1) < 1u << 23;
+                        const uint64_t z = random_pair(key, drawn + uint64_t(j));
+                        float share = float(int32_t(uint32_t(z) >> 8)) * 0x1p-24f * scale + 0.5f;
+                        bool coin = z >> 40 < 1u << 23;
                         float larger = rounded<T>(load(shared + j) * share);
                         float smaller = load(shared + j) - larger;
                         store(one + j, coin ? larger : smaller);

@@ -217,6 +217,15 @@ struct Trim {
     float scale = 1;
 };
 
+// Two draws as they lie in memory.
+inline uint64_t low_half_first(uint64_t z) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    return z >> 32 | z << 32;
+#else
+    return z;
+#endif
+}
+
 // x = (x - base) * (scale where kept, else 0) for the group at `begin`. A product: NaN and infinity stay visible.
 inline void trim_group(const Trim& trim, const Group& base, int64_t begin, Group& x) {
     const Floats scale = Floats{} + trim.scale, zero{};
@@ -236,11 +245,16 @@ inline void trim_group(const Trim& trim, const Group& base, int64_t begin, Group
         for (int c = 0; c < kParts; c++) x.part[c] *= vector(kept + kLanes * c);
     } else if (trim.kept == kRandom) {
         alignas(64) float kept[kGroup];
-        const uint64_t key = trim.key, counter = uint64_t(begin);
+        alignas(64) uint64_t pairs[kGroup / 2];
+        alignas(64) uint32_t halves[kGroup];
+        const uint64_t key = trim.key, first = uint64_t(begin) / 2;  // groups begin at even elements
         const int32_t limit = trim.limit;
         const float factor = trim.scale;
 #pragma omp simd
-        for (int64_t j = 0; j < kGroup; j++) kept[j] = int32_t(random_bits(key, counter + j)) < limit ? factor : 0.0f;
+        for (int64_t j = 0; j < kGroup / 2; j++) pairs[j] = low_half_first(random_pair(key, first + uint64_t(j)));
+        std::memcpy(halves, pairs, sizeof halves);
+#pragma omp simd
+        for (int64_t j = 0; j < kGroup; j++) kept[j] = int32_t(halves[j] >> 8) < limit ? factor : 0.0f;
 #pragma GCC unroll 16
         for (int c = 0; c < kParts; c++) x.part[c] *= vector(kept + kLanes * c);
     } else {
@@ -562,23 +576,17 @@ private:
 
 // ---- Sums in fixed order ----
 
-// A group of fp64 sums, added to element by element: the order is the same for vectors of any width.
-struct WideGroup {
-    double part[kGroup] = {};
-
-    void add(const Group& group) {
-        alignas(64) float x[kGroup];
-        std::memcpy(x, &group, sizeof x);
+// The sum of a group in fp64, element by element: the same for vectors of any width.
+double sum(const Group& group) {
+    alignas(64) float x[kGroup];
+    std::memcpy(x, &group, sizeof x);
+    double part[8] = {}, total = 0;
+    for (int64_t j = 0; j < kGroup; j += 8)
 #pragma omp simd
-        for (int64_t j = 0; j < kGroup; j++) part[j] += double(x[j]);
-    }
-
-    double sum() const {
-        double total = 0;
-        for (double x : part) total += x;
-        return total;
-    }
-};
+        for (int64_t l = 0; l < 8; l++) part[l] += double(x[j + l]);
+    for (double each : part) total += each;
+    return total;
+}
 
 // `sums` (width,) = fp64 sums over chunks of what f(begin, n, sums, thread) adds for every block, chunk by chunk in order.
 template <class F>
@@ -604,21 +612,19 @@ std::vector<double> sums_over_chunks(const Merge& merge, int64_t width, int64_t 
 std::vector<double> ratios(const Merge& merge, const Trim* trims, bool hash_inputs) {
     const auto add = [&](int64_t begin, int64_t n, float*, double* sums) {
         for (int64_t i = 0; i < merge.count; i++) {
-            WideGroup before, after;
+            Group before{}, after{};  // chains of as many sums in fp32 as a block has groups
             for (int64_t j = 0; j < n; j += kGroup) {
-                Group base, x, size;
+                Group base, x;
                 read(merge.base, begin + j, n - j, base);
                 read(merge.models[i], begin + j, n - j, x);
 #pragma GCC unroll 16
-                for (int c = 0; c < kParts; c++) size.part[c] = (Floats)magnitudes(x.part[c] - base.part[c]);
-                before.add(size);
+                for (int c = 0; c < kParts; c++) before.part[c] += (Floats)magnitudes(x.part[c] - base.part[c]);
                 trim_group(trims[i], base, begin + j, x);
 #pragma GCC unroll 16
-                for (int c = 0; c < kParts; c++) size.part[c] = (Floats)magnitudes(x.part[c]);
-                after.add(size);
+                for (int c = 0; c < kParts; c++) after.part[c] += (Floats)magnitudes(x.part[c]);
             }
-            sums[2 * i] += before.sum();
-            sums[2 * i + 1] += after.sum();
+            sums[2 * i] += sum(before);
+            sums[2 * i + 1] += sum(after);
         }
     };
     const std::vector<double> sums = sums_over_chunks(merge, 2 * merge.count, merge.count, hash_inputs, add);
@@ -773,9 +779,7 @@ HYPERLLAMA_API void hyperllama_merge_gram(const void* const* tensors, const int*
 #pragma GCC unroll 16
                     for (int c = 0; c < kParts; c++)
                         chains.part[c] += vector(d + i * kBlock + j + kLanes * c) * vector(d + o * kBlock + j + kLanes * c);
-                WideGroup wide;
-                wide.add(chains);
-                sums[i * count + o] += wide.sum();
+                sums[i * count + o] += sum(chains);
             }
     };
     const std::vector<double> sums = sums_over_chunks(merge, count * count, count * count, true, add);

@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # numpy's products are not used: no threads that spin, waiting for one
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for them takes a tenth of the start
+
 import typer
 
 from hyperllama import __version__
@@ -308,6 +313,7 @@ def merge_command(
         list[Path] | None, typer.Option(metavar="FILE...", help="--search: other text, to learn coefficients on.")
     ] = None,
     evaluations: Annotated[int, typer.Option(help="--search: passes over the text of --dev, at most.")] = 32,
+    device: Annotated[str, typer.Option(help="cuda or cuda:N: merge on a GPU, copies overlapped.")] = "cpu",
     sync: Sync = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -330,7 +336,7 @@ def merge_command(
         _print(planned.describe() | {"writes": str(out)}, as_json)
         return
     with _bar("merge", disable=quiet) as progress:
-        summary = run(planned, out, sync=sync, progress=progress)
+        summary = run(planned, out, sync=sync, progress=progress, device=device)
     _print(summary, as_json)
 
 

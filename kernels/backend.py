@@ -37,6 +37,7 @@ except ImportError:
         """Leave a kernel's constant as it is, too."""
         return value
 
+
 __all__ = [
     "BACKENDS", "DTYPES", "Differentiable", "Kernel", "choose", "constexpr", "csrc", "define", "jit", "library", "pointer", "tl",
     "triton", "use", "wide",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hyperllama.kernels import raw
 from hyperllama.kernels.backend import choose, constexpr, define, jit, tl, wide
-from hyperllama.kernels.counter import signed, uniform, uniform_triton
+from hyperllama.kernels.counter import signed, uniform, uniform_pair_triton
 from hyperllama.kernels.raw import check_noise, half_range
 
 
@@ -106,9 +106,10 @@ def _grow_kernel(
         if NOISE:
             for pair in range(col_copies // 2):
                 first = at + pair * 2 * n_cols
-                larger = (shared * (0.5 + half_range * uniform_triton(key, 2 * first))).to(dtype)
+                share, toss = uniform_pair_triton(key, first)
+                larger = (shared * (0.5 + half_range * share)).to(dtype)
                 smaller = (shared - larger.to(tl.float32)).to(dtype)
-                coin = uniform_triton(key, 2 * first + 1) < 0.5
+                coin = toss < 0.5
                 tl.store(out_ptr + first, tl.where(coin, larger, smaller), mask=inside)
                 tl.store(out_ptr + first + n_cols, tl.where(coin, smaller, larger), mask=inside)
             if col_copies % 2 == 1:

@@ -2,9 +2,11 @@
 
     y = x W^T;   dx = dy W;   dW += dy^T x
 
-x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32 (fp64), and so are the sums added to it. y and dx are torch's
-products. dW on a CPU is C++, which packs both sides once, and adds fp32 sums where torch would round a product to bf16 first; where
-the CPU has AMX, bf16 stays torch's. On a GPU dW is accumulated by the GEMM itself (beta = 1, no further pass over it).
+x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32 (fp64), and so are the sums added to it.
+
+On a CPU dW is C++, which packs both sides once, and adds fp32 sums where torch would round a product to bf16 first; where the CPU
+has AMX, bf16 stays torch's. y and dx are torch's products, but C++ in fp32 on an AMD CPU: torch's come from MKL, which has an AVX2
+kernel for those. On a GPU dW is accumulated by the GEMM itself (beta = 1, no further pass over it).
 """
 
 from ctypes import c_int64
@@ -15,10 +17,44 @@ from torch import Tensor
 from torch.nn import functional
 
 from hyperllama.kernels.backend import choose, csrc, pointer
+from hyperllama.kernels.native import cpu_vendor
 
 # dtypes whose dW is summed in C++; on other CPUs than have been measured it stays torch's
 _MEASURED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 SUMS = (torch.float32, *(() if torch.cpu._is_amx_tile_supported() else (torch.bfloat16,))) if _MEASURED else ()
+# and those of y and dx, from this many rows on, because the weight is packed in every call, and this wide
+PRODUCTS = (torch.float32,) if _MEASURED and cpu_vendor() == "AuthenticAMD" else ()
+LEAST_ROWS, LEAST_WIDTH = 128, 32
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) times the transpose of weight (N, K): (..., N)."""
+    return _choose_product(x, weight)(x, weight, True)
+
+
+def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy (..., N) times weight (N, K): (..., K)."""
+    return _choose_product(dy, weight)(dy, weight, False)
+
+
+def _choose_product(x: Tensor, weight: Tensor) -> Any:
+    rows, width = x.numel() // max(1, x.shape[-1]), min(weight.shape)
+    fits = rows >= LEAST_ROWS and width >= LEAST_WIDTH and weight.is_contiguous() and weight.dtype == x.dtype
+    return choose({"reference": _product_reference} | ({"csrc": _product_csrc} if fits else {}), x, PRODUCTS)
+
+
+def _product_reference(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return functional.linear(x, weight) if transposed else x @ weight
+
+
+def _product_csrc(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    n, k = weight.shape if transposed else reversed(weight.shape)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], n)
+    csrc("product")(
+        pointer(y), pointer(x), pointer(weight), c_int64(x.numel() // k), c_int64(n), c_int64(k), int(transposed),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def accumulate_product(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
@@ -50,13 +86,13 @@ class _Accumulating(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad
-        return functional.linear(x, weight)
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
         accumulate_product(ctx.main_grad, dy.flatten(0, -2), x.flatten(0, -2))
-        return dy @ weight, None, None
+        return input_gradient(dy, weight), None, None
 
 
 def linear(x: Tensor, weight: Tensor, *, main_grad: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ from hyperllama.kernels.backend import (
     wide,
     wrong_index_flag,
 )
-from hyperllama.kernels.linear import accumulate_product
+from hyperllama.kernels.linear import accumulate_product, input_gradient, product
 
 # of fp32 logits at a time, half that in bf16. CPU: what stays in the last cache from their product to the next two, and is little
 # beside the activations. GPU: 2 GiB of bf16 is 8320 rows at V = 128256; there dW's traffic is 3 % of the GEMMs' time
@@ -239,14 +239,14 @@ def _forward_backward(
     dx = torch.empty(x.shape if dweight is not None else (0,), dtype=x.dtype, device=x.device)
     for part in chunks(x, weight, chunk_bytes):
         rows = x.narrow(0, *part)
-        logits = rows @ weight.t()
+        logits = product(rows, weight)
         some = _softmax_gradient(
             logits, targets.narrow(0, *part), loss_weight, scale, valid_vocab, ignore_index, z_loss, dweight is not None
         )
         losses.narrow(0, *part).copy_(some[0])
         correct.narrow(0, *part).copy_(some[1])
         if dweight is not None:
-            dx.narrow(0, *part).copy_(some[2] @ weight)
+            dx.narrow(0, *part).copy_(input_gradient(some[2], weight))
             accumulate_product(dweight, some[2], rows)
         del logits, some  # before the next chunk's: never two chunks of logits at a time
     return losses, correct, dx

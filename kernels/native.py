@@ -5,9 +5,9 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,19 @@ FORCED: ContextVar[str | None] = ContextVar("hyperllama_backend", default=None)
 _LIBRARIES = {"avx512": ["v4", "v3", "base"], "avx2": ["v3", "base"], "default": ["base"]}
 
 
-def _cpu_flags() -> set[str]:
+@cache
+def _cpuinfo(field: str) -> str:
+    """What the first core's entry has for a field; "" without one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return set()
-    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+
+
+def cpu_vendor() -> str:
+    """AuthenticAMD, GenuineIntel, ...; "" where the system doesn't say."""
+    return _cpuinfo("vendor_id")
 
 
 def _names(flags: set[str], asked: str | None) -> list[str]:
@@ -45,7 +52,7 @@ def library() -> ctypes.CDLL | None:
     ATEN_CPU_CAPABILITY limits it as it limits torch. Where torch is installed its OpenMP runtime is loaded first, so that both
     share one, whichever is imported first. Raises HyperLlamaError when HYPERLLAMA_CSRC names a folder without it.
     """
-    names = _names(_cpu_flags(), os.environ.get("ATEN_CPU_CAPABILITY"))
+    names = _names(set(_cpuinfo("flags").split()), os.environ.get("ATEN_CPU_CAPABILITY"))
     for folder in _library_folders():
         for name in names:
             if (folder / f"hyperllama_{name}.so").is_file():
@@ -91,15 +98,18 @@ def threads() -> int:
     return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
 
 
-def _library_folders() -> list[Path]:
+def _library_folders() -> Iterator[Path]:
     """Where an installed package, or an editable one, has its libraries; HYPERLLAMA_CSRC names another folder."""
     import hyperllama
 
     if folder := os.environ.get("HYPERLLAMA_CSRC"):
-        return [Path(folder)]
-    folders = [Path(path) / "lib" for path in hyperllama.__path__]
+        yield Path(folder)
+        return
+    yield from (Path(path) / "lib" for path in hyperllama.__path__)
+    from importlib.metadata import PackageNotFoundError, files  # slow to import, and seldom needed
+
     try:
         installed = files("hyperllama") or []
     except PackageNotFoundError:  # used from a checkout, never installed
         installed = []
-    return folders + [Path(str(file.locate())).parent for file in installed if file.name.startswith("hyperllama_")]
+    yield from (Path(str(file.locate())).parent for file in installed if file.name.startswith("hyperllama_"))

@@ -11,8 +11,9 @@ those of what was written in its `weights`; one that is not what an input's own 
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import byref, c_double
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,21 @@ def _prepared(plan: Plan) -> "Prepared | None":
     return None
 
 
+def _gpu(plan: Plan, device: str) -> "Callable[..., Iterator[Hashes]] | None":
+    """`merge_on` for a device that is no CPU."""
+    if device == "cpu":
+        return None
+    from hyperllama.merge.device import device_named, merge_on
+
+    named = device_named(device)
+    extensions = plan.recipe.hyperllama
+    if extensions.importance or extensions.learn or extensions.regmean:
+        raise HyperLlamaError(
+            f"--device {device}: hyperllama.importance, learn and regmean merge on the CPU; leave it out"
+        )
+    return partial(merge_on, named)
+
+
 def run(
     plan: Plan,
     out: str | Path,
@@ -176,29 +192,35 @@ def run(
     sync: bool = False,
     progress: Progress | None = None,
     found: "Found | None" = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Merge the plan's folders into the folder `out`, which appears whole or not at all; what a killed merge left is gone on with.
 
     sync: have the disk hold the result before it appears (see files.atomic_folder). progress: called after every tensor with the
     bytes written so far and `plan.bytes_written`. found: the search that the plan comes from, for its cost and what it learnt.
+    device: a GPU to merge on (see device.py), for what is not prepared from texts or weighed by files.
     Returns what was done: {"path", "tensors", "resumed", "bytes_read", "bytes_written", "ledger", "notes"}.
-    Raises HyperLlamaError when `out` exists without `overwrite`, is one of the models, has no room, a result is not finite, or an
-    input is not what its card says.
+    Raises HyperLlamaError when the device can't be used, `out` exists without `overwrite`, is one of the models, has no room, a
+    result is not finite, or an input is not what its card says.
     """
     out = Path(out)
     check_output(plan, out, overwrite)
     tensors = [NewTensor(step.name, step.dtype, step.shape) for step in plan.steps]
     same = {label: next(k for k, f in plan.folders.items() if f is folder) for label, folder in plan.folders.items()}
+    gpu = _gpu(plan, device)
     prepared = found.learned if found else _prepared(plan)
     hashes: Hashes = {}
     done = 0
     with streamed_folder(out, tensors, _job(plan), overwrite=overwrite, sync=sync) as writer:
         resumed = len(writer.done)
+        there = (
+            gpu([step for step in plan.steps if step.name not in writer.done], plan.folders, writer) if gpu else None
+        )
         for i, (step, tensor) in enumerate(zip(plan.steps, tensors, strict=True)):
             if i + 1 < len(plan.steps):
                 _expect(plan.steps[i + 1].reads, plan.folders)
             known = writer.done.get(step.name)
-            reads = known["reads"] if known else _merge(step, plan.folders, writer, prepared)
+            reads = known["reads"] if known else next(there) if there else _merge(step, plan.folders, writer, prepared)
             for label, read in reads.items():
                 for name, digest in read.items():
                     plan.folders[label].check_hash(name, digest)

@@ -80,13 +80,16 @@ class Step:
 
 
 def _layers(source: TensorSource) -> int:
-    found = [int(match[1]) for name in source.names if (match := re.match(r"model\.layers\.(\d+)\.", name))]
-    return max(found, default=-1) + 1
+    return max(_layer_tensors(source), default=-1) + 1
 
 
-def _layer_tensors(source: TensorSource, layer: int) -> set[str]:
-    prefix = f"model.layers.{layer}."
-    return {name.removeprefix(prefix) for name in source.names if name.startswith(prefix)}
+def _layer_tensors(source: TensorSource) -> dict[int, set[str]]:
+    """The tensors of every layer, by what follows its number."""
+    found: dict[int, set[str]] = {}
+    for name in source.names:
+        if match := re.match(r"model\.layers\.(\d+)\.(.+)", name):
+            found.setdefault(int(match[1]), set()).add(match[2])
+    return found
 
 
 def _output_slices(recipe: Recipe, sources: Mapping[str, TensorSource]) -> list[Slice]:
@@ -131,6 +134,7 @@ class _Steps:
 
     def __init__(self, recipe: Recipe, sources: Mapping[str, TensorSource], tied: Collection[str]):
         self.recipe, self.sources, self.tied = recipe, sources, tied
+        self.layers = {label: _layer_tensors(source) for label, source in sources.items()}
         self.method = METHODS[recipe.merge_method]
         asked = recipe.out_dtype or recipe.dtype
         self.dtype = asked.removeprefix("torch.") if asked else None
@@ -156,7 +160,7 @@ class _Steps:
 
     def _suffixes(self, part: Slice, layers: list[int]) -> list[str]:
         """The tensors of a layer, which all sources must have alike."""
-        found = [_layer_tensors(self.sources[s.model], layer) for s, layer in zip(part.sources, layers, strict=True)]
+        found = [self.layers[s.model].get(layer, set()) for s, layer in zip(part.sources, layers, strict=True)]
         for i in range(1, len(found)):
             for having, lacking in ((0, i), (i, 0)):
                 if missing := sorted(found[having] - found[lacking]):

@@ -1,9 +1,10 @@
-"""linear: torch's product, with the weight's gradient returned or accumulated."""
+"""linear: products, with the weight's gradient returned or accumulated."""
 
 import pytest
 import torch
 from torch.nn import functional
 
+from hyperllama.kernels import linear as module
 from hyperllama.kernels.backend import use
 from hyperllama.kernels.linear import SUMS, accumulate_product, linear
 from tests.kernels.truth import DTYPES, check, check_compiled
@@ -110,6 +111,39 @@ def test_threads_change_no_bit(dtype, shape):
     finally:
         torch.set_num_threads(wanted)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(128, 1, 1), (129, 33, 65), (130, 520, 200), (135, 96, 1050), (1100, 40, 40), (600, 2048, 128)]
+)
+def test_products_of_csrc_on_every_cpu(shape, transposed):
+    """Also where `linear` would take torch's: error, an odd address, neighbours that keep their values, any number of threads."""
+    rows, n, k = shape
+    x, weight = torch.randn(rows * k + 1)[1:].view(rows, k), torch.randn(n, k) if transposed else torch.randn(k, n)
+    reference = module._product_reference
+    truth, theirs = reference(x.double(), weight.double(), transposed), reference(x, weight, transposed)
+    found, wanted = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(module._product_csrc(x, weight, transposed))
+    finally:
+        torch.set_num_threads(wanted)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    rounding = torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (found[0] - truth).abs().max() <= max(2 * (theirs - truth).abs().max(), rounding)
+    strided = torch.randn(k, rows).t()
+    one, other = (module._product_csrc(each, weight, transposed) for each in (strided, strided.contiguous()))
+    assert torch.equal(one, other)
+
+
+def test_a_product_that_is_not_finite_stays_so():
+    x, weight = torch.randn(200, 40), torch.randn(50, 40)
+    x[7, 3], x[9, 1] = float("nan"), float("inf")
+    y = module._product_csrc(x, weight, True)
+    assert y[7].isnan().all() and not y[9].isfinite().any()
+    assert torch.isfinite(y[torch.arange(200).ne(7) & torch.arange(200).ne(9)]).all()
 
 
 def test_compiled_equals_eager():

@@ -72,7 +72,9 @@ def test_it_is_the_least_squares_solution_on_the_models_own_inputs(models, tmp_p
         expected = np.linalg.lstsq(np.concatenate(rows), np.concatenate(outputs), rcond=None)[0].T
         moved = np.abs(expected - plain).max()
         assert moved > 1e-4  # it is another merge than the mean
-        assert np.abs(found[f"{name}.weight"].numpy() - expected).max() < 1e-3 * moved  # fp32 sums, a condition of some thousands
+        assert (
+            np.abs(found[f"{name}.weight"].numpy() - expected).max() < 1e-3 * moved
+        )  # fp32 sums, a condition of some thousands
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         parts = [load_file(models / tag / "model" / "model.safetensors")[name] for tag in LANGUAGES]
         torch.testing.assert_close(found[name], (parts[0] + 2 * parts[1]) / 3)

@@ -1,0 +1,71 @@
+// Products of a linear layer in fp32, forward and to its input's gradient: see kernels/linear.py. Each thread has rows of its own and
+// packs the weight as [panel of columns][place in the sum][column]; a row is read as it lies.
+#include "tile.h"
+
+namespace hyperllama {
+namespace {
+
+constexpr int64_t kDepth = 128;                 // of the sum at a time: a panel of it stays in L1, and chains of rounding are short
+constexpr int64_t kWidth = 512;                 // columns packed at a time
+constexpr int64_t kRows = 240 / kTile * kTile;  // that meet a panel before the next one comes: with kWidth they stay in L2
+
+// Columns [0, cols) of B (depth, cols), zeros up to whole panels. B[k][c] is w[c * stride + k] where `transposed`, else w[k * stride + c].
+void pack(const float* w, int64_t stride, int64_t depth, int64_t cols, bool transposed, float* out) {
+    for (int64_t c = 0; c < cols; c += kPanel, out += depth * kPanel) {
+        const int64_t n = std::min(kPanel, cols - c);
+        if (n < kPanel) std::fill(out, out + depth * kPanel, 0.0f);
+        if (!transposed) {
+            for (int64_t k = 0; k < depth; k++) std::memcpy(out + k * kPanel, w + k * stride + c, n * sizeof(float));
+            continue;
+        }
+        for (int64_t k = 0; k < depth; k += kLanes)  // blocks: the lines that are read and written stay in L1
+            for (int64_t i = 0; i < n; i++) {
+                const float* from = w + (c + i) * stride;
+                for (int64_t l = k; l < std::min(k + kLanes, depth); l++) out[l * kPanel + i] = from[l];
+            }
+    }
+}
+
+// y (+)= x B of at most a tile: x (rows, depth) at `stride`.
+void part(const float* x, int64_t stride, const float* b, int64_t depth, float* y, int64_t y_stride, int64_t rows, int64_t cols, bool add) {
+    if (rows == kTile && cols == kPanel) return tile<kTile, 2>(depth, x, stride, 1, b, kPanel, y, y_stride, add);
+    float whole[kTile * kPanel], lines[kTile * kDepth] = {};
+    if (rows < kTile) {
+        for (int64_t i = 0; i < rows; i++) std::memcpy(lines + i * depth, x + i * stride, depth * sizeof(float));
+        x = lines, stride = depth;
+    }
+    tile<kTile, 2>(depth, x, stride, 1, b, kPanel, whole, kPanel, false);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < cols; j++) y[i * y_stride + j] = whole[i * kPanel + j] + (add ? y[i * y_stride + j] : 0.0f);
+}
+
+void product(float* y, const float* x, const float* w, int64_t rows, int64_t n, int64_t k, bool transposed) {
+    float* right = scratch(kWidth * kDepth);
+    const int64_t depths = (k + kDepth - 1) / kDepth;
+    for (int64_t c = 0; c < n; c += kWidth) {
+        const int64_t cols = std::min(kWidth, n - c);
+        for (int64_t d = 0; d < depths; d++) {
+            const int64_t from = k * d / depths, depth = k * (d + 1) / depths - from;
+            pack(transposed ? w + c * k + from : w + from * n + c, transposed ? k : n, depth, cols, transposed, right);
+            for (int64_t r = 0; r < rows; r += kRows)
+                for (int64_t j = 0; j < cols; j += kPanel)
+                    for (int64_t i = r; i < std::min(r + kRows, rows); i += kTile)
+                        part(x + i * k + from, k, right + j * depth, depth, y + i * n + c + j, n, std::min<int64_t>(kTile, rows - i),
+                             std::min(kPanel, cols - j), d > 0);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace hyperllama
+
+// y (rows, n) = x (rows, k) B, B (k, n) the transpose of w (n, k) or w (k, n) itself.
+HYPERLLAMA_API void hyperllama_product(float* y, const float* x, const float* w, int64_t rows, int64_t n, int64_t k, int transposed,
+                                       int threads) {
+    using namespace hyperllama;
+    const int64_t steps = (rows + kTile - 1) / kTile;
+    parallel(steps, n * k * kTile / 16, threads, [=](int64_t begin, int64_t end, int) {
+        const int64_t first = begin * kTile, last = std::min(end * kTile, rows);
+        product(y + first * n, x + first * k, w, last - first, n, k, transposed);
+    });
+}
