@@ -65,7 +65,9 @@ class Job:
 def op_jobs() -> list[Job]:
     """The ops alone."""
     jobs = [
-        Job(f"{name} {dtype_name(dtype)}", partial(make, M180, dtype, TRAFFIC), 5 if "ties" in name else 21, 5)
+        Job(
+            f"{name} {dtype_name(dtype)}", partial(make, M180, dtype, TRAFFIC), 5 if "ties" in name else 21, 5, 3
+        )  # the heap settles
         for name, (make, dtypes) in MEMORY_BOUND.items()
         for dtype in dtypes
     ]
