@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hyperllama.arena import Arena
-from hyperllama.companions import Companion, Companions
+from hyperllama.companions import ADAM_V, Companion, Companions
 from hyperllama.config import CheckpointSettings, ModelConfig, validated
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import fsync, read_json, sha256_file, write_json, write_text
@@ -365,10 +365,13 @@ def plan_export(source: Path) -> tuple[Path, dict[str, Any]]:
     return found[-1], read_json(found[-1] / "state.json")
 
 
-def export_checkpoint(source: Path, out: Path) -> tuple[Path, dict[str, Any]]:
+def export_checkpoint(
+    source: Path, out: Path, counts: Callable[[dict[str, Any], ModelConfig], Companions] = lambda state, config: {}
+) -> tuple[Path, dict[str, Any]]:
     """Write a checkpoint as a Hugging Face folder, atomically, tensor by tensor; returns the checkpoint and its state.
 
-    The run may go on meanwhile: a checkpoint that it removes before it was opened is replaced by its newest.
+    The run may go on meanwhile: a checkpoint that it removes before it was opened is replaced by its newest. `counts` makes the
+    companions that hang on the data. AdamW's v goes along where the run exports it.
     Raises HyperLlamaError when `out` exists, the checkpoint is damaged, or the tokenizer of the run has gone.
     """
     while True:
@@ -383,40 +386,42 @@ def export_checkpoint(source: Path, out: Path) -> tuple[Path, dict[str, Any]]:
     config = validated(ModelConfig, state["model"], str(checkpoint / "state.json"))
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[state["card"]["config"]["precision"]]
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    def tensors(role: str) -> Iterator[tuple[str, Tensor]]:
         for tensor in logical_tensors(config):
             row = tensor.size // tensor.shape[0]
             flat = torch.empty(tensor.size)
-            reader.read("master", state["arena"]["offsets"][tensor.packed] + tensor.start * row, flat)
-            yield (
-                tensor.name,
-                flat.view(tensor.shape).to(dtype),
-            )  # as the forward reads them: an export has the run's own bits
+            reader.read(role, state["arena"]["offsets"][tensor.packed] + tensor.start * row, flat)
+            yield tensor.name, flat.view(tensor.shape)
 
-    tokenizer = Path(state["card"]["config"]["tokenizer"])
-    weights = folded(config, tensors(), dtype)
-    write_folder(out, hf_config(config, dtype), weights, state["card"], tokenizer_from=tokenizer)
+    settings = state["card"]["config"]
+    # rounded to what the forward reads: an export has the run's own bits
+    weights = ((name, tensor.to(dtype)) for name, tensor in tensors("master"))
+    companions = dict(counts(state, config))
+    if settings["export"]["adam_v"]:
+        companions[ADAM_V] = adam_v(dict(tensors("v")), config, state["updates"], settings["optimizer"]["beta2"])
+    export_model(out, config, weights, state["card"], Path(settings["tokenizer"]), dtype, companions, overwrite=False)
     return checkpoint, state
 
 
 def export_model(
-    path: Path, arena: Arena, card: dict[str, Any], tokenizer: Path, dtype: torch.dtype, companions: Companions
-) -> None:
-    """Write the model as a Hugging Face folder with its card, tokenizer and companions, atomically."""
+    path: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], card: dict[str, Any], tokenizer: Path,
+    dtype: torch.dtype, companions: Companions, *, overwrite: bool = True,
+) -> None:  # fmt: skip
+    """Write a model, its weights in arena order, as a Hugging Face folder with card, tokenizer and companions, atomically."""
     write_folder(
         path,
-        hf_config(arena.config, dtype),
-        folded(arena.config, arena.logical("weights").items(), dtype),
+        hf_config(config, dtype),
+        folded(config, tensors, dtype),
         card,
         tokenizer_from=tokenizer,
         companions=companions,
-        overwrite=True,
+        overwrite=overwrite,
     )
 
 
-def adam_v(arena: Arena, step: int, beta2: float) -> Companion:
-    """AdamW's second moment after `step` updates, of the weights as `folded` writes them."""
-    views = {name: view.float().cpu().numpy() for name, view in arena.logical("v").items()}
-    factor = arena.config.lm_head_normalization_factor  # a weight divided by it has its gradient times it
+def adam_v(v: Mapping[str, Tensor], config: ModelConfig, step: int, beta2: float) -> Companion:
+    """AdamW's second moment (Hugging Face name -> v) after `step` updates, of the weights as `folded` writes them."""
+    views = {name: view.float().cpu().numpy() for name, view in v.items()}
+    factor = config.lm_head_normalization_factor  # a weight divided by it has its gradient times it
     views[FINAL_NORM] = views[FINAL_NORM] * factor**2
     return Companion(views, {"step": str(step), "beta2": repr(beta2)})

@@ -425,16 +425,23 @@ def export_command(
         Path, typer.Argument(metavar="RUN[/checkpoints/STEP]", help="A checkpoint, or a run: its newest.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    counts: Annotated[
+        bool,
+        typer.Option(
+            help="Count the tokens that the model has seen, in the run's shards, into token_counts.safetensors."
+        ),
+    ] = True,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, also of a run that is going on."""
     from hyperllama.checkpoint import export_checkpoint, plan_export
+    from hyperllama.train.plan import counted_tokens
 
     check_free(out)
     checkpoint, state = plan_export(source)
     if not dry_run:
-        checkpoint, state = export_checkpoint(source, out)
+        checkpoint, state = export_checkpoint(source, out, counted_tokens if counts else lambda state, model: {})
     ledger = state["card"]["ledger"]
     shown = {"reads": str(checkpoint), "writes": str(out), "step": state["step"], "spent_flops": ledger["spent"]}
     _print(shown | {"token_counts": state["card"]["token_counts"]}, as_json)
@@ -559,7 +566,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(
             *(
-                f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+                f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else str(cell or "-")
                 for cell in row.values()
             )
         )

@@ -131,6 +131,13 @@ class ReplaySettings(Settings):
     fraction: float = Field(gt=0, lt=1, description="share of all windows")
 
 
+class TailSettings(Settings):
+    """The processes and micro-batches of nanotron's that a stage's last step is filled as by: see data/tail.py."""
+
+    processes: int = Field(gt=0, description="data-parallel, of the run that is repeated, not of this one")
+    micro_batch: int = Field(gt=0, description="windows, of that run")
+
+
 class DataSettings(Settings):
     """What a run reads."""
 
@@ -141,6 +148,10 @@ class DataSettings(Settings):
         "across", description="separate: attention and RoPE positions restart at each document"
     )
     mask_document_start: bool = Field(False, description="no loss on the first token of a document inside a window")
+    nanotron_tail: TailSettings | None = Field(
+        None,
+        description="fill the last step with copies as the paper's trainer does; default: it is shorter than the others",
+    )
     verify: bool = Field(True, description="check the shards' SHA-256 before the run")
 
 
@@ -213,7 +224,9 @@ class CheckpointSettings(Settings):
     every_steps: int | None = Field(None, gt=0)
     keep: int = Field(2, gt=0, description="newest checkpoints that stay")
     keep_every: int | None = Field(None, gt=0, description="those at multiples of this step stay too")
-    keep_best: Literal["loss"] | None = Field(None, description="the one with the lowest training loss stays too")
+    keep_best: Literal["loss", "bits_per_byte"] | None = Field(
+        None, description="the one with the lowest training loss, or the lowest figure of `evaluate`, stays too"
+    )
     milestones: list[int] = Field(default_factory=list, description="ledger values (spent FLOPs) to export a model at")
 
 
@@ -221,6 +234,32 @@ class ExportSettings(Settings):
     """What an exported model takes along besides its weights, card, tokenizer and token counts."""
 
     adam_v: bool = Field(False, description="AdamW's second moment in adam_v.safetensors, for merges weighted by it")
+
+
+class EvaluateSettings(Settings):
+    """Text that the model is measured on while it trains; FLOPs spent on it are not in the ledger."""
+
+    every: int = Field(gt=0, description="steps; the end is measured too")
+    text: list[str] = Field(min_length=1, description="txt, jsonl, jsonl.gz: bits per byte over all of them")
+    prompts: list[str] = Field(
+        default_factory=list, description="continued by the likeliest tokens, into samples.jsonl"
+    )
+    sample_tokens: int = Field(64, gt=0, description="tokens of a continuation")
+    start_token: int | None = Field(None, ge=0, description="before every document; default: EOS, as in the shards")
+
+
+class LogSettings(Settings):
+    """Where metrics.jsonl's figures go besides; both need `pip install hyperllama[log]`."""
+
+    tensorboard: bool = Field(False, description="event files in <out>/tensorboard")
+    wandb: str | None = Field(None, description="a project of Weights & Biases")
+
+
+class ProfileSettings(Settings):
+    """Steps that torch's profiler records, into <out>/profile."""
+
+    start: int = Field(gt=0, description="first step; after the first few, which measure and warm up")
+    steps: int = Field(3, gt=0)
 
 
 class RunConfig(Settings):
@@ -257,17 +296,83 @@ class RunConfig(Settings):
         description="over all targets of a batch; micro_batch: the mean of micro-batches' means, as in the paper's runs",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    parallel: Literal["auto", "ddp", "zero1"] = Field(
-        "auto", description="of several processes; zero1: masters and moments in slices; auto: zero1"
+    parallel: Literal["auto", "ddp", "zero1", "fsdp"] = Field(
+        "auto",
+        description="of several processes; zero1: masters and moments in slices; fsdp: weights and gradients too; auto: zero1",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="layers keep their inputs only and run again in the backward: the same bits, a third more work",
     )
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    compile: bool = Field(
+        False, description="torch.compile the model: other roundings, gradients of a micro-batch in the weights' dtype"
+    )
+    cuda_graphs: bool = Field(
+        False, description="record a micro-batch's kernels and launch them as one: the same bits; not yet run on a GPU"
+    )
+    log: LogSettings = LogSettings()
+    evaluate: EvaluateSettings | None = None
+    profile: ProfileSettings | None = None
     max_skipped: int = Field(5, gt=0, description="steps in a row with a loss or gradient not finite that end the run")
     timeout_seconds: int = Field(600, ge=5, description="a process that hangs for longer ends the run, by name")
 
     @model_validator(mode="after")
     def _moments_to_export(self) -> "RunConfig":
-        if self.export.adam_v and self.parallel == "zero1":
-            raise ValueError("export.adam_v needs all moments in one process: set parallel to ddp or auto, not zero1")
+        if self.export.adam_v and self.parallel in ("zero1", "fsdp"):
+            raise ValueError(
+                f"export.adam_v needs all moments in one process: set parallel to ddp or auto, not {self.parallel}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tensors_to_grow(self) -> "RunConfig":
+        if self.grow is not None and self.parallel == "fsdp":
+            raise ValueError(
+                "grow needs whole tensors, and with parallel fsdp no process has them: set parallel to zero1, or grow the "
+                "finished model with `hyperllama grow`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stage_with_a_tail(self) -> "RunConfig":
+        tail = self.data.nanotron_tail
+        if tail is not None:
+            if self.global_batch % (tail.processes * tail.micro_batch):
+                raise ValueError(
+                    f"data.nanotron_tail: global_batch ({self.global_batch}) is not a multiple of its processes times its "
+                    f"micro_batch ({tail.processes * tail.micro_batch})"
+                )
+            if self.budget.windows is None and self.budget.tokens is None:
+                raise ValueError(
+                    "data.nanotron_tail: give budget.windows or budget.tokens, the stage without its copies"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _compilable(self) -> "RunConfig":
+        others = {
+            "parallel: fsdp": self.parallel == "fsdp",
+            "activation_checkpointing": self.activation_checkpointing,
+            "cuda_graphs": self.cuda_graphs,
+        }
+        for name, on in others.items():
+            if self.compile and on:
+                raise ValueError(f"compile and {name} do not go together: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _figures_to_keep_by(self) -> "RunConfig":
+        if self.checkpoint.keep_best == "bits_per_byte":
+            if self.evaluate is None:
+                raise ValueError("checkpoint.keep_best is bits_per_byte, which only an evaluate section measures")
+            if self.checkpoint.every_steps is not None and self.checkpoint.every_steps % self.evaluate.every:
+                raise ValueError(
+                    f"checkpoint.every_steps ({self.checkpoint.every_steps}) must be a multiple of evaluate.every "
+                    f"({self.evaluate.every}): keep_best compares checkpoints that were measured"
+                )
+        if self.evaluate is not None and self.evaluate.prompts and self.parallel == "fsdp":
+            raise ValueError("evaluate.prompts: with parallel fsdp no process can write alone; generate from an export")
         return self
 
     @model_validator(mode="after")

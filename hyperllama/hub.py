@@ -400,12 +400,25 @@ def read_weights(folder: Folder, config: ModelConfig, targets: dict[str, "Tensor
     """
     import torch
 
-    check_weights(folder, config, {name: tuple(target.shape) for name, target in targets.items()})
+    with torch.no_grad():
+        for name, source in stored_weights(folder, config, {k: tuple(view.shape) for k, view in targets.items()}):
+            targets[name].copy_(source)
+
+
+def stored_weights(
+    folder: Folder, config: ModelConfig, shapes: dict[str, tuple[int, ...]]
+) -> "Iterator[tuple[str, Tensor]]":
+    """A folder's weights by Hugging Face name, one at a time, the head factor unfolded.
+
+    Raises HyperLlamaError as `check_weights` does.
+    """
+    import torch
+
+    check_weights(folder, config, shapes)
     factor = config.lm_head_normalization_factor if factor_is_folded(folder.config) else 1.0
-    for name, target in targets.items():
+    for name in shapes:
         source = folder.tensor(name)
-        with torch.no_grad():
-            target.copy_(source.to(torch.float32) * factor if name == FINAL_NORM and factor != 1.0 else source)
+        yield name, source.to(torch.float32) * factor if name == FINAL_NORM and factor != 1.0 else source
 
 
 def check_tied(folder: Folder) -> None:

@@ -1,6 +1,9 @@
-"""How this process gets memory from the kernel: what training on a CPU gains from, and benchmarks have to hold fixed."""
+"""When this process gets memory from the kernel and looks for garbage: what training gains from, and benchmarks hold fixed."""
 
 import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
 
@@ -22,3 +25,22 @@ def give_back_freed_blocks() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Have Python look for cyclic garbage only where `gc.collect` is called, and then only among what was made since.
+
+    A collection at a moment of its own choice walks over every object of torch, in the middle of a step, and on each process in
+    another one, for which all others wait.
+    """
+    before = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if before:
+            gc.enable()

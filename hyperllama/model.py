@@ -5,8 +5,8 @@ The residual stream is added inside the norm that reads it, so a block takes (st
     stream += update; a = attention(norm(stream));  stream += a;  m = mlp(norm(stream));  return stream, m
 """
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,44 @@ class Block(nn.Module):
         return stream, linear(hidden, self.down, main_grad=self.down.main_grad)
 
 
+class _Recomputed(torch.autograd.Function):
+    """A block that keeps its inputs alone and runs again in the backward (Chen et al. 2016, arXiv 1604.06174): the same bits."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, at: Positions, stream: Tensor | None, update: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.block, ctx.at = block, at
+        ctx.save_for_backward(stream, update)
+        return block(stream, update, at)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        stream, update = ctx.saved_tensors
+        stream = None if stream is None else stream.detach().requires_grad_()
+        update = update.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = ctx.block(stream, update, ctx.at)
+        torch.autograd.backward(outputs, grads)  # gradients of weights go to the arena
+        return None, None, None if stream is None else stream.grad, update.grad
+
+
+class Exchange(Protocol):
+    """What the processes of a run do about its weights and gradients while the model goes through its layers.
+
+    Layer -1 is the embedding, `num_layers` what follows the last. See train/parallel.py.
+    """
+
+    def forward_reaches(self, layer: int) -> None:
+        """The weights of `layer` are needed now."""
+
+    def backward_left(self, layer: int) -> None:
+        """The gradients of `layer` are complete for this micro-batch; the backward goes on to the one before."""
+
+
 class Llama(nn.Module):
     """A decoder over an arena. Gradients go to the arena's fp32 buffer, not to `.grad`, when the arena is for training.
 
     `functional=True` leaves main gradients out: weights get ordinary `.grad`s (comparisons, torch.compile). `tables`: the dtype
-    that RoPE's cos and sin are rounded to.
+    that RoPE's cos and sin are rounded to. `recompute`: blocks keep their inputs only, and run again in the backward.
     """
 
     def __init__(
@@ -85,9 +118,10 @@ class Llama(nn.Module):
         backend: str = "auto",
         functional: bool = False,
         tables: torch.dtype = torch.float32,
+        recompute: bool = False,
     ):
         super().__init__()
-        self.table_dtype = tables
+        self.table_dtype, self.recompute = tables, recompute
         self.config, self.arena = config, arena
         packed = arena.packed("weights")
         grads = arena.packed("grad") if arena.training and not functional else {}
@@ -95,6 +129,7 @@ class Llama(nn.Module):
         if functional:
             for weight in weights.values():
                 weight.requires_grad_(True)
+        self.weights = weights  # by packed name
         self.embed, self.norm = weights["embed"], weights["norm"]
         self.head = weights.get("head", self.embed)
         self.blocks = nn.ModuleList(
@@ -104,7 +139,7 @@ class Llama(nn.Module):
             for i in range(config.num_layers)
         )
         self._tables: tuple[Tensor, Tensor] | None = None
-        self.backward_left: Callable[[int], None] | None = None  # told the layer whose gradients are complete
+        self.exchange: Exchange | None = None  # of several processes
 
     def positions(self, ids: Tensor, cu_seqlens: Tensor | None) -> Positions:
         """RoPE tables for windows as long as those of `ids` (B, T)."""
@@ -121,12 +156,24 @@ class Llama(nn.Module):
         """Token ids (B, T) -> final normed hidden states (B, T, D); `cu_seqlens` (int32, over B*T) separates documents."""
         at = self.positions(ids, cu_seqlens)
         stream: Tensor | None = None
+        if self.exchange is not None:
+            self.exchange.forward_reaches(-1)
         update = embedding(ids, self.embed, main_grad=self.embed.main_grad)
         for layer, block in enumerate(self.blocks):
-            if self.backward_left is not None:  # `update` gets its gradient from the last op of the layer's backward
-                update.register_hook(partial(_leave, self.backward_left, layer))
-            stream, update = block(stream, update, at)
+            self._reach(layer, update)
+            if self.recompute and update.requires_grad:
+                stream, update = _Recomputed.apply(block, at, stream, update)
+            else:
+                stream, update = block(stream, update, at)
+        self._reach(len(self.blocks), update)
         return add_norm(stream, update, self.norm, self.config.rms_norm_eps)[0]
+
+    def _reach(self, layer: int, update: Tensor) -> None:
+        """Tell the other processes' exchange; `update` gets its gradient from the last op of the layer's backward."""
+        if self.exchange is not None:
+            self.exchange.forward_reaches(layer)
+            if update.requires_grad:
+                update.register_hook(partial(_leave, self.exchange, layer))
 
     def loss(
         self, ids: Tensor, targets: Tensor, *, loss_weight: float, cu_seqlens: Tensor | None = None, z_loss: float = 0.0
@@ -179,22 +226,22 @@ class Llama(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
-        for name, view in self.arena.packed("weights").items():
-            if view.dim() == 1:
-                view.fill_(1.0)
-                continue
-            scale = std / (2 * self.config.num_layers) ** 0.5 if name.endswith((".o", ".down")) else std
-            view.copy_(torch.randn(view.shape, generator=generator) * scale)
-        if self.config.unpadded_vocab_size is not None:
-            for name in ("embed", "head"):
-                if name in self.arena.shapes:
-                    self.arena.packed("weights")[name][self.config.unpadded_vocab_size :].zero_()
+        arena, real = self.arena, self.config.unpadded_vocab_size
+        for name, shape in arena.shapes.items():
+            if len(shape) == 1:
+                values = torch.ones(shape)
+            else:
+                scale = std / (2 * self.config.num_layers) ** 0.5 if name.endswith((".o", ".down")) else std
+                values = torch.randn(shape, generator=generator) * scale
+            if name in ("embed", "head") and real is not None:
+                values[real:] = 0
+            arena.write(arena.offsets[name], values)
         if self.arena.training:
             self.arena.master_from_weights()
 
 
-def _leave(told: Callable[[int], None], layer: int, _: Tensor) -> None:
-    told(layer)
+def _leave(exchange: Exchange, layer: int, _: Tensor) -> None:
+    exchange.backward_left(layer)
 
 
 def add_norm(stream: Tensor | None, update: Tensor, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:

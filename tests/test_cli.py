@@ -386,6 +386,10 @@ def test_a_run_does_not_go_on_with_other_data(refuse, run, study, recipe, tmp_pa
         refuse("train", file, *arguments, parts=["run.json", "other data"])
     (tmp_path / "run" / "run.json").unlink()
     refuse("train", file, "--quiet", parts=["step-00000006", "other data"])
+    exported = tmp_path / "exported"
+    refuse("export", tmp_path / "run", exported, parts=["eng is not what the run read", "--no-counts"])
+    assert run("export", tmp_path / "run", exported, "--no-counts", "--json").json["step"] == 6
+    assert not (exported / "token_counts.safetensors").exists()
 
 
 def test_a_dry_run_refuses_what_the_run_would(refuse, run, study, model, recipe, tmp_path):

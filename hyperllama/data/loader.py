@@ -144,3 +144,10 @@ def micro_batches(batch: Batch, micro_batch: int) -> Iterator[Batch]:
         yield Batch(
             ids, batch.targets[part], batch.window_ids[part], borders, batch.languages, batch.language_tokens[part]
         )
+
+
+def nothing(seq_len: int, *, documents: bool) -> Batch:
+    """A window without targets: for a process that has no micro-batch left and must work along with the others."""
+    none = torch.zeros(1, seq_len, dtype=torch.int64)
+    borders = torch.tensor([0, seq_len], dtype=torch.int32) if documents else None
+    return Batch(none, torch.full_like(none, IGNORE), np.zeros(0, np.int64), borders, (), np.zeros((0, 0), np.int64))

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hyperllama.data.shards import Shards
+from hyperllama.data.tail import Tail
 from hyperllama.errors import HyperLlamaError
 
 ORDER = 1  # changes when the same seed would give another order; part of the fingerprint
@@ -82,17 +83,17 @@ class Source:
 class Mixture:
     """Sources, window length and seed: everything that decides which tokens are window i.
 
-    Attributes: `sources`, `seq_len`, `seed`, `windows` (windows in each source), `languages` (sorted tags),
-    `eos_id`, `vocab_size`, `fingerprint` (hex SHA-256 over all that decides the order and the tokens).
+    Attributes: `sources`, `seq_len`, `seed`, `tail` (of a stage as nanotron ends it), `windows` (in each source), `languages`
+    (sorted tags), `eos_id`, `vocab_size`, `fingerprint` (hex SHA-256 over all that decides the order and the tokens).
     Raises HyperLlamaError for sources that cannot be mixed, naming them.
     """
 
-    def __init__(self, sources: Sequence[Source], seq_len: int, seed: int) -> None:
+    def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, tail: Tail | None = None) -> None:
         if not sources:
             raise HyperLlamaError("a mixture needs at least one source")
         if seq_len < 1:
             raise HyperLlamaError(f"seq_len must be at least 1, not {seq_len}")
-        self.sources, self.seq_len, self.seed = tuple(sources), seq_len, seed
+        self.sources, self.seq_len, self.seed, self.tail = tuple(sources), seq_len, seed, tail
         tokenizer = sources[0].shards.manifest["tokenizer"]
         for source in sources:
             shards = source.shards
@@ -126,6 +127,7 @@ class Mixture:
 
         parts: list[Any] = [ORDER, seed, seq_len]
         parts += [(s.name, str(share), s.shards.fingerprint) for s, share in zip(sources, self.shares, strict=True)]
+        parts += [tail] if tail else []
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _quotas(self, total: int) -> np.ndarray:
@@ -153,6 +155,8 @@ class Mixture:
 
     def _draws(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source and draw of each global window in `index`, (N,) int64."""
+        if self.tail is not None:
+            index = self.tail.windows_at(index)
         number, place = np.divmod(index, self._round)
         source, draw = np.empty_like(index), np.empty_like(index)
         for r in np.unique(number):
@@ -171,7 +175,8 @@ class Mixture:
 
     def counts(self, total_windows: int) -> np.ndarray:
         """Draws of each source in the first `total_windows` windows, (sources,) int64."""
-        whole = total_windows // self._round
+        ordinary = total_windows if self.tail is None else min(total_windows, self.tail.start)
+        whole = ordinary // self._round
         rest, _ = self._draws(np.arange(whole * self._round, total_windows))
         return self._quotas(whole * self._round) + np.bincount(rest, minlength=len(self.sources))
 

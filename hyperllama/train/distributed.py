@@ -1,18 +1,21 @@
 """The processes of a run: torchrun's environment, one collective library, whole-buffer reductions. No engine of our own."""
 
+import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from hyperllama.errors import HyperLlamaError
+from hyperllama.errors import HyperLlamaError, Lost
 from hyperllama.train.watchdog import Watchdog
 
 
@@ -95,6 +98,37 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def meet(store: dist.Store, rank: int, world: int, seconds: float) -> str:
+    """A name that the processes which are here now agree on, and none before them had.
+
+    torchrun keeps its store when it restarts processes, with the addresses of those before in it; and when one node of several
+    restarts, the others' counts of restarts stay behind. So everybody leaves a word, the first process repeats all words with one
+    of its own, and who finds his word there says so: what dead processes have left is not repeated.
+    Raises Lost, naming them, when processes do not come within `seconds`.
+    """
+    word, deadline = uuid4().hex, time.monotonic() + seconds
+    store.set(f"word {rank}", word)
+
+    def heard(keys: list[str]) -> list[str | None]:
+        return [store.get(key).decode() if store.check([key]) else None for key in keys]
+
+    while time.monotonic() < deadline:
+        if rank == 0:
+            words = heard([f"word {r}" for r in range(world)])
+            store.set("all words", json.dumps(words))
+            missing = [r for r, said in enumerate(heard([f"{word} {r}" for r in range(1, world)]), 1) if said is None]
+            if not missing:
+                return word
+        else:
+            (told,) = heard(["all words"])
+            words, missing = json.loads(told) if told else [None] * world, [0]
+            if len(words) == world and words[rank] == word and words[0]:
+                store.set(f"{words[0]} {rank}", "here")
+                return str(words[0])
+        time.sleep(0.02)
+    raise Lost(f"{', '.join(f'rank {r}' for r in missing)} did not come within {seconds:.0f} seconds")
+
+
 @contextmanager
 def processes(device: str, seconds: float) -> Iterator[Processes]:
     """Join the run's processes (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK); alone without torchrun.
@@ -112,8 +146,7 @@ def processes(device: str, seconds: float) -> Iterator[Processes]:
         yield Processes(rank, world, picked)
         return
     store, rank, world = next(rendezvous("env://"))
-    # torchrun keeps its store when it restarts processes, with the addresses of those before in it
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(meet(store, rank, world, max(300.0, seconds)), store)
     # integers of the host go through Gloo: asking for them must not wait for the GPU. The library's own time limit is the last
     # resort: before the loop, one process may check the data's hashes for long
     backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"

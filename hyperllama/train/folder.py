@@ -1,9 +1,12 @@
 """A run folder explains itself: environment.json says what made it, loss.png how it went."""
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,35 @@ from hyperllama.train.distributed import Processes
 from hyperllama.train.metrics import device_name
 from hyperllama.train.plan import Plan
 
+LOCK = ".lock"
 PACKAGES = ("hyperllama", "torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece")
+
+
+@contextmanager
+def only_run(out: Path, mine: Processes) -> Iterator[None]:
+    """Keep other runs out of the folder while this one goes on; the system forgets the lock when the process ends, however it does.
+
+    A file system without locks is used without one. Raises HyperLlamaError when another run is there.
+    """
+    taken, file = False, None
+    if mine.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:
+            pass
+    try:
+        if mine.largest_int(int(taken)):
+            raise HyperLlamaError(
+                f"{out}: another process is training in this folder; wait for it, or choose another out"
+            )
+        yield
+    finally:
+        if file is not None:
+            file.close()
 
 
 def write_environment(out: Path, plan: Plan, mine: Processes) -> None:

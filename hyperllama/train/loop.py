@@ -1,7 +1,9 @@
 """The training loop, on one page: fetch, forward, backward, reduce, clip, update, log."""
 
+import gc
 import json
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,21 +16,22 @@ from hyperllama import __version__
 from hyperllama.checkpoint import Checkpointer, adam_v, checkpoints, export_model
 from hyperllama.companions import ADAM_V, TOKEN_COUNTS, token_counts
 from hyperllama.config import RunConfig, read_yaml
-from hyperllama.data.loader import Loader, micro_batches
+from hyperllama.data.loader import Loader, micro_batches, nothing
 from hyperllama.errors import Diverged, HyperLlamaError, Stopped
 from hyperllama.files import read_json, write_json, write_text
 from hyperllama.flops import Ledger, window_flops
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.grad_norm import grad_norm
-from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
+from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks, no_collections
 from hyperllama.progress import console, progress_bar
 from hyperllama.train.attention import attention_backend
 from hyperllama.train.distributed import Processes, deterministic, processes
-from hyperllama.train.folder import plot_runs, write_environment
-from hyperllama.train.metrics import Events, Metrics, device_name, peak_flops, speed_text
-from hyperllama.train.parallel import gather_weights, whole_norm
-from hyperllama.train.plan import WATCHING, Plan, make_plan
+from hyperllama.train.folder import only_run, plot_runs, write_environment
+from hyperllama.train.metrics import Events, Metrics, PlainProgress, device_name, peak_flops, speed_text
+from hyperllama.train.parallel import whole_norm
+from hyperllama.train.plan import PLACING, WATCHING, Plan, make_plan
 from hyperllama.train.state import State
+from hyperllama.train.watch import Evaluation, Profile, open_logs
 
 
 def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -> dict[str, Any]:
@@ -41,21 +44,25 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
     """
     out = Path(config.out)
     with processes(config.device, config.timeout_seconds) as mine, deterministic(config.deterministic):
+        if config.cuda_graphs and mine.device.type != "cuda":
+            raise HyperLlamaError("cuda_graphs: this run has no CUDA device to record on")
         plan = make_plan(config)
         check_folder(plan)
         if (out / "run.json").is_file():
             return read_json(out / "run.json")
         attention = attention_backend(plan, mine, quiet=quiet or not mine.is_main)
-        if mine.is_main:
-            write_json(out / "attention.json", attention)
-            write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            write_environment(out, plan, mine)
-        if mine.device.type == "cpu":
-            keep_freed_blocks()
-        try:
-            return _train(plan, mine, label or config.name, attention, quiet=quiet or not mine.is_main)
-        finally:
-            give_back_freed_blocks()
+        with only_run(out, mine):
+            check_folder(plan)  # again: what another run may have written before the lock was ours
+            if mine.is_main:
+                write_json(out / "attention.json", attention)
+                write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+                write_environment(out, plan, mine)
+            if mine.device.type == "cpu":
+                keep_freed_blocks()
+            try:
+                return _train(plan, mine, label or config.name, attention, quiet=quiet or not mine.is_main)
+            finally:
+                give_back_freed_blocks()
 
 
 def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
@@ -68,29 +75,38 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     _warn_of_symmetry(run, say)
     lr = torch.zeros((), device=mine.device)
     peak = peak_flops(device_name(mine.device), mine.world, plan.dtype)
-    metrics = Metrics(out / "metrics.jsonl", run.step, say, write=mine.is_main)
+    logs = open_logs(config.log, config, run.ledger.run, run.step, write=mine.is_main)
+    metrics = Metrics(out / "metrics.jsonl", run.step, say, write=mine.is_main, logs=logs)
+    evaluation = Evaluation(config.evaluate, plan.tokenizer, seq_len, plan.steps, out)
+    profile = Profile(config.profile, out, write=mine.is_main)
+    tell = PlainProgress(screen, label, plan.steps, disable=quiet)
     saver = Checkpointer(out, config.checkpoint, mine, say)
     logged = run.windows
 
-    def flush() -> dict[str, Any]:
+    def flush(**fields: Any) -> str:
         nonlocal logged
         windows, logged = run.windows - logged, run.windows
-        return metrics.flush(windows * seq_len, windows * window_flops(run.arena.config, seq_len, "causal"), peak)
+        flops = windows * window_flops(run.arena.config, seq_len, "causal")
+        return speed_text(metrics.flush(windows * seq_len, flops, peak, **fields), plan.budget)
 
     def save() -> None:
-        state = {**run.to_json(), "loss": metrics.last["loss"]}
+        state = {**run.to_json(), **{key: metrics.last.get(key) for key in ("loss", "bits_per_byte")}}
         saver.save(run.step, run.pieces(), run.arena, state, problem=metrics.problem)
 
     def export(path: Path) -> dict[str, Any]:
         card = run.card()
+        tensors = run.exchange.tensors()
         if mine.is_main:
             companions = {TOKEN_COUNTS: token_counts(plan.mixture.token_counts(run.windows), plan.model.vocab_size)}
             if config.export.adam_v:
-                companions[ADAM_V] = adam_v(run.arena, int(run.updates), o.beta2)
-            export_model(path, run.arena, card, plan.tokenizer.path, plan.dtype, companions)
+                companions[ADAM_V] = adam_v(run.arena.logical("v"), run.arena.config, int(run.updates), o.beta2)
+            export_model(path, run.arena.config, tensors, card, plan.tokenizer.path, plan.dtype, companions)
+        for _ in tensors:  # the others send theirs
+            pass
         return card
 
     with (
+        no_collections(),
         _StopRequest() as stop,
         Loader(
             plan.mixture,
@@ -109,7 +125,8 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 mine.doing(run.step + 1, "growing")
                 run.grow()
                 _warn_of_symmetry(run, say)
-            model, arena, groups = run.model, run.arena, run.groups
+            profile.before(run.step + 1)
+            model, arena, groups, exchange = run.model, run.arena, run.groups, run.exchange
             count = min(config.global_batch, plan.windows - run.windows)
             mine.doing(run.step + 1, "reading the batch")
             batch = loader.batch(run.windows, count)
@@ -119,27 +136,25 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
             parts = mine.micro_batches(count, config.micro_batch)
 
             mine.doing(run.step + 1, "forward and backward")
-            arena.grad.zero_()
+            arena.zero_grad()
             loss = torch.zeros((), device=mine.device)
-            left = parts[mine.rank]
-            for micro in micro_batches(batch, config.micro_batch):
-                left -= 1
+            micros = list(micro_batches(batch, config.micro_batch))
+            if exchange.needs_all:
+                idle = nothing(seq_len, documents=config.data.documents == "separate")
+                micros += [idle] * (max(parts) - len(micros))
+            for left, micro in zip(reversed(range(len(micros))), micros, strict=True):
                 if config.loss_mean == "micro_batch":
                     targets = sum(parts) * int((micro.targets >= 0).sum())
-                model.backward_left = run.gradients.layer_done if left == 0 else None
+                exchange.last = left == 0
                 ids, micro_targets = (t.to(mine.device, non_blocking=True) for t in (micro.ids, micro.targets))
                 borders = None if micro.cu_seqlens is None else micro.cu_seqlens.to(mine.device)
-                part = model.loss(
-                    ids, micro_targets, loss_weight=1 / max(1, targets), cu_seqlens=borders, z_loss=o.z_loss
-                )
-                part.backward()
-                loss += part.detach()
+                loss += run.micro_step(ids, micro_targets, borders, 1 / max(1, targets))  # forward and backward
             mine.doing(run.step + 1, "summing the gradients")
-            run.gradients.finish()
+            exchange.finish()
             mine.sum_(loss)
 
             run.step, run.windows = run.step + 1, run.windows + count
-            own_grad = arena.grad[arena.span]
+            own_grad = arena.own("grad")
             norm = grad_norm(own_grad, *((groups.of_line, groups.norm_weights) if groups else ()))
             norm = whole_norm(norm, arena, mine)
             clip = clip_or_skip(loss, norm, o.clip_norm)
@@ -149,7 +164,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 own_grad,
                 arena.m,
                 arena.v,
-                arena.weights[arena.span] if arena.rounds else None,
+                arena.own("weights") if arena.rounds else None,
                 lr=lr.fill_(plan.lr(run.step)),
                 beta1=o.beta1,
                 beta2=o.beta2,
@@ -160,7 +175,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 groups=groups.of_line if groups else None,
                 scales=groups.scales if groups else None,
             )
-            gather_weights(arena, mine)
+            exchange.send()
 
             run.ledger.spent = plan.spent(run.windows)
             fields = {
@@ -176,11 +191,21 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 fields["asymmetry"] = float(asymmetry)
             metrics.add(fields, torch.stack([loss, norm.to(loss.dtype)]))
 
+            profile.after(run.step)
+            figures: dict[str, Any] = {}
+            if evaluation.due(run.step):
+                mine.doing(run.step, "evaluating")
+                began = time.perf_counter()
+                figures = evaluation(model, run.step, mine, say)
+                metrics.pause(time.perf_counter() - began)
             mine.doing(run.step, "logging and saving")
             due = config.checkpoint.every_steps and run.step % config.checkpoint.every_steps == 0
             border = run.windows in plan.milestones or plan.grows_at(run.windows) or run.step == plan.steps
-            if run.step % config.log_every == 0 or due or border:
-                bar.update(task, completed=run.step, figures=speed_text(flush()))
+            if run.step % config.log_every == 0 or due or border or figures:
+                text = flush(**figures)
+                bar.update(task, completed=run.step, figures=text)
+                tell(run.step, text)
+                gc.collect()
                 if metrics.skipped_in_a_row >= config.max_skipped:
                     saver.wait()
                     raise Diverged(_diverged(metrics, out, run.step))
@@ -202,6 +227,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
         "card": export(out / "model"),
         "ledger": run.ledger.to_json(),
         "loss": metrics.last.get("loss"),
+        "bits_per_byte": metrics.last.get("bits_per_byte"),
         "plan": plan.describe(),
         "attention": attention,
         "seconds": run.seconds,
@@ -274,7 +300,7 @@ def check_folder(plan: Plan) -> None:
         return
     stored = read_yaml(out / "config.yaml")
     for key in wanted:
-        if key not in ("device", "parallel", *WATCHING) and stored.get(key) != wanted[key]:
+        if key not in WATCHING | PLACING and stored.get(key) != wanted[key]:
             raise HyperLlamaError(
                 f"{out} holds a run with another {key} ({json.dumps(stored.get(key))}, now {json.dumps(wanted[key])}): "
                 "choose another out, or remove the folder"

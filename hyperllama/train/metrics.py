@@ -6,8 +6,9 @@ metrics.jsonl has one line a step. Every field but those under "time" is a pure 
 import json
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from io import FileIO
 from math import isfinite
 from pathlib import Path
@@ -68,11 +69,19 @@ class Metrics:
 
     A step whose loss or gradient norm is not finite was skipped (see `update_or_skip` in loop.py): its line says so, with null for
     both, and `say` names its windows. `skipped_in_a_row` counts such steps up to the last flush. What a full disk refuses is kept
-    and written with a later flush; until then `problem` says what is wrong.
+    and written with a later flush; until then `problem` says what is wrong. `logs` are given every line too.
     """
 
-    def __init__(self, path: Path, resumed_step: int, say: Events, *, write: bool):
-        self.path, self.say = path, say
+    def __init__(
+        self,
+        path: Path,
+        resumed_step: int,
+        say: Events,
+        *,
+        write: bool,
+        logs: Sequence[Callable[[dict[str, Any]], None]] = (),
+    ):
+        self.path, self.say, self.logs = path, say, logs
         self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.last: dict[str, Any] = {}
         self.problem = ""
@@ -92,6 +101,10 @@ class Metrics:
     def add(self, fields: dict[str, Any], values: torch.Tensor) -> None:
         """Note a step: host `fields`, and `values` = (loss, gradient norm) still on the device."""
         self.pending.append((fields, values))
+
+    def pause(self, seconds: float) -> None:
+        """Leave work that is no training out of the speed."""
+        self.started += seconds
 
     def flush(self, tokens: int, flops: int, peak: float | None, **fields: Any) -> dict[str, Any]:
         """Write the pending steps; the last of them carries `fields` and the speed since the previous flush. Returns it."""
@@ -114,6 +127,8 @@ class Metrics:
                 if peak:
                     line["time"]["mfu"] = flops / seconds / peak
             self._unwritten += json.dumps(line).encode() + b"\n"
+            for log in self.logs:
+                log(line)
             self.last = line
         self.pending.clear()
         self._write()
@@ -166,10 +181,41 @@ class Metrics:
             self.file.close()
 
 
-def speed_text(line: dict[str, Any]) -> str:
-    """A flushed step as the progress line shows it."""
+def speed_text(line: dict[str, Any], budget: int) -> str:
+    """A flushed step as the progress line shows it; `budget` in FLOPs."""
     speed = line["time"]
     rate = f"MFU {speed['mfu']:.1%}" if "mfu" in speed else f"{speed['flops_per_second'] / 1e9:,.0f} GFLOP/s"
-    loss = "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
-    text = f"loss {loss}  lr {line['lr']:.1e}  {speed['tokens_per_second']:,.0f} tok/s  {rate}  {line['spent_flops']:.3g} FLOPs"
-    return text + (f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else "")
+    parts = [
+        "loss skipped" if line["loss"] is None else f"loss {line['loss']:.3f}",
+        *([f"{line['bits_per_byte']:.3f} bits/byte"] if line.get("bits_per_byte") is not None else []),
+        f"lr {line['lr']:.1e}",
+        f"{speed['tokens_per_second']:,.0f} tok/s",
+        rate,
+        f"{line['spent_flops']:.3g} of {budget:.3g} FLOPs ({line['spent_flops'] / budget:.1%})",
+        *([f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"] if torch.cuda.is_initialized() else []),
+    ]
+    return "  ".join(parts)
+
+
+class PlainProgress:
+    """The progress line for a file or a pipe, which shows no bar: one in QUIET_SECONDS at most."""
+
+    QUIET_SECONDS = 30.0
+
+    def __init__(self, screen: Console, label: str, steps: int, *, disable: bool):
+        self.screen, self.label, self.steps = screen, label, steps
+        self.disable = disable or screen.is_terminal
+        self.began = self.shown = time.perf_counter()
+        self.first: int | None = None
+
+    def __call__(self, step: int, text: str) -> None:
+        """Show `text` for `step`, with the time that is left at the pace so far."""
+        now = time.perf_counter()
+        if self.first is None:
+            self.first, self.began = step, now
+        if self.disable or now - self.shown < self.QUIET_SECONDS:
+            return
+        self.shown = now
+        done = step - self.first
+        left = str(timedelta(seconds=round((now - self.began) / done * (self.steps - step)))) if done else "?"
+        self.screen.print(f"{self.label}: step {step} of {self.steps}  {left} left  {text}", markup=False)

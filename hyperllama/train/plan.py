@@ -9,10 +9,12 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from hyperllama.arena import arena_bytes, layout
-from hyperllama.config import ModelConfig, RunConfig
+from hyperllama.arena import arena_bytes, layout, sharded_bytes
+from hyperllama.companions import TOKEN_COUNTS, Companion, token_counts
+from hyperllama.config import ModelConfig, RunConfig, validated
 from hyperllama.data.mixture import Mixture, Source
 from hyperllama.data.shards import Shards, check_tokenizer
+from hyperllama.data.tail import Tail
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
@@ -22,8 +24,10 @@ from hyperllama.hub import Folder, folder_hashes, model_config, open_folder
 from hyperllama.kernels import attention_libraries
 from hyperllama.kernels.raw import check_noise
 from hyperllama.train.schedule import lr_ratio, rewarm_ratio
+from hyperllama.train.watch import check_watching
 
 WRITTEN = (
+    ".lock",
     "attention.json",
     "checkpoints/",
     "config.yaml",
@@ -34,7 +38,19 @@ WRITTEN = (
     "model/",
     "run.json",
 )
-WATCHING = {"log_every", "max_skipped", "timeout_seconds"}  # settings that look at a run and don't change it
+WATCHING = {
+    "log",
+    "log_every",
+    "evaluate",
+    "profile",
+    "max_skipped",
+    "timeout_seconds",
+}  # settings that look at a run and don't change it
+PLACING = {
+    "device",
+    "parallel",
+    "activation_checkpointing",
+}  # ... that say where it is computed: equal, or rounding aside
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -88,11 +104,13 @@ class Plan:
             return windows * self.cost
         return self.growth.windows * self.cost + (windows - self.growth.windows) * self.growth.cost
 
-    def parallel(self, world: int) -> Literal["ddp", "zero1"]:
+    def parallel(self, world: int) -> Literal["ddp", "zero1", "fsdp"]:
         """What `parallel` means for `world` processes; auto: slices, which cost no more than sums and hold less."""
         wanted = self.config.parallel
+        if world == 1:
+            return "ddp"
         if wanted == "auto":  # moments are exported by one process, which then has them all
-            return "zero1" if world > 1 and not self.config.export.adam_v else "ddp"
+            return "ddp" if self.config.export.adam_v else "zero1"
         return wanted
 
     def lr(self, step: int) -> float:
@@ -116,7 +134,8 @@ class Plan:
         """The plan for --dry-run and run.json; FLOPs, tokens and counts are exact integers."""
         c = self.config
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        slices = world if self.parallel(world) == "zero1" else 1
+        mode = self.parallel(world)
+        slices = world if mode == "zero1" else 1
         model, cost = self.final_model, self.growth.cost if self.growth else self.cost
         last = self.windows - (self.steps - 1) * c.global_batch
         return {
@@ -134,9 +153,14 @@ class Plan:
             "total_flops": self.ledger.inherited + self.budget,
             **({"growth": self._describe_growth(self.growth)} if self.growth else {}),
             "memory_bytes": {
-                "arena": arena_bytes(layout(model, slices)[1], self.dtype, training=True, world=slices),
-                "activations_estimate": activation_bytes(model, self.dtype, c.micro_batch * c.data.seq_len),
+                "arena": sharded_bytes(model, self.dtype, world)
+                if mode == "fsdp"
+                else arena_bytes(layout(model, slices)[1], self.dtype, training=True, world=slices),
+                "activations_estimate": activation_bytes(
+                    model, self.dtype, c.micro_batch * c.data.seq_len, recompute=c.activation_checkpointing
+                ),
             },
+            "parallel": f"{mode} of {world}",
             "shared_with_clone": growth_quantum(model, c.data.seq_len, 2, self.budget),
             "data": self.mixture.describe(self.windows),
             "reads": [
@@ -144,9 +168,19 @@ class Plan:
                 *([c.init_from] if c.init_from else []),
                 *(str(source.shards.path) for source in self.mixture.sources),
             ],
-            "writes": [f"{c.out}/{name}" for name in WRITTEN]
+            "writes": [f"{c.out}/{name}" for name in (*WRITTEN, *self._watched())]
             + [f"{c.out}/milestones/{flops}/" for flops in c.checkpoint.milestones],
         }
+
+    def _watched(self) -> list[str]:
+        c = self.config
+        wanted = {
+            "profile/": c.profile is not None,
+            "samples.jsonl": bool(c.evaluate and c.evaluate.prompts),
+            "tensorboard/": c.log.tensorboard,
+            "wandb/": c.log.wandb is not None,
+        }
+        return [name for name, on in wanted.items() if on]
 
     def _describe_growth(self, growth: Growth) -> dict[str, Any]:
         return {
@@ -159,11 +193,16 @@ class Plan:
         }
 
 
-def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
-    """Rough bytes that the backward keeps for `tokens` tokens: what each op saves, without the attention backend's own."""
+def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, *, recompute: bool = False) -> int:
+    """Bytes that the backward keeps for `tokens` tokens: what each op saves, without an attention backend's own and the logits.
+
+    A layer's norms keep their sum and their output, attention its input and output, the MLP gate, up and their product.
+    recompute: layers keep their two inputs, and one at a time the rest.
+    """
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    per_layer = 6 * model.hidden_size + 2 * (heads + 2 * kv) + 2 * heads + 3 * model.intermediate_size
-    return tokens * dtype.itemsize * (model.num_layers * per_layer + 3 * model.hidden_size)
+    per_layer = 4 * model.hidden_size + (heads + 2 * kv) + heads + 3 * model.intermediate_size
+    layers = 2 * model.hidden_size * model.num_layers + per_layer if recompute else model.num_layers * per_layer
+    return tokens * dtype.itemsize * (layers + 3 * model.hidden_size)
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -195,6 +234,8 @@ def make_plan(config: RunConfig) -> Plan:
     ledger = Ledger.child("", start.ledgers if start else [])
     growth = _growth(config, model, cost)
     windows = _windows(config, cost, ledger, growth)
+    if mixture.tail is not None:
+        windows = mixture.tail.computed
     if growth is not None and windows <= growth.windows:
         raise HyperLlamaError(
             f"grow.at_flops: the run's budget is over at {windows * cost} FLOPs, before the model grows: choose at most "
@@ -203,6 +244,7 @@ def make_plan(config: RunConfig) -> Plan:
     hashes = folder_hashes(start) if start else None
     ledger.run = _run_id(config, mixture, hashes, windows)
     mixture.check(windows)
+    check_watching(config, -(-windows // config.global_batch))
     milestones = {}
     for flops in config.checkpoint.milestones:
         at = _windows_for(flops, cost, growth)
@@ -270,7 +312,31 @@ def _mixture(config: RunConfig, tokenizer: Tokenizer) -> Mixture:
     sources = [Source(name, *folder) for name, folder in zip(names, folders, strict=True)]
     for source in sources:
         check_tokenizer(source.shards, tokenizer)
-    return Mixture(sources, data.seq_len, config.seed)
+    tail, wanted = None, data.nanotron_tail
+    if wanted is not None:
+        windows = config.budget.windows or (config.budget.tokens or 0) // data.seq_len
+        tail = Tail(windows, config.global_batch, wanted.processes, wanted.micro_batch)
+    return Mixture(sources, data.seq_len, config.seed, tail)
+
+
+def counted_tokens(state: dict[str, Any], model: ModelConfig) -> dict[str, Companion]:
+    """The token counts of a checkpoint's model, read from the run's shards once more.
+
+    Raises HyperLlamaError when the shards are gone or have changed since.
+    """
+    where, card = "the checkpoint's state.json", state["card"]
+    config = validated(RunConfig, card["config"], where)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"verify": False})})
+    try:
+        mixture = _mixture(config, Tokenizer.load(config.tokenizer))
+    except HyperLlamaError as error:
+        raise HyperLlamaError(f"{error}; --no-counts exports without token counts") from None
+    for source, made_from in zip(mixture.sources, card["made_from"], strict=False):
+        if source.shards.fingerprint != made_from["sha256"]:
+            raise HyperLlamaError(
+                f"{source.shards.path} is not what the run read; --no-counts exports without token counts"
+            )
+    return {TOKEN_COUNTS: token_counts(mixture.token_counts(state["windows"]), model.vocab_size)}
 
 
 def _windows(config: RunConfig, cost: int, ledger: Ledger, growth: Growth | None) -> int:
@@ -308,20 +374,22 @@ def _run_id(config: RunConfig, mixture: Mixture, start_hashes: dict[str, str] | 
         exclude={
             "name",
             "out",
-            "device",
-            "parallel",
             "checkpoint",
             "export",
             "attention",
+            "compile",
             "tokenizer",
             "budget",
             *WATCHING,
+            *PLACING,
         }
     )
     for source in settings["data"]["sources"]:
         del source["path"]  # the mixture's fingerprint stands for what the paths hold
     if settings["data"]["replay"]:
         del settings["data"]["replay"]["path"]
+    if settings["data"]["nanotron_tail"] is None:
+        del settings["data"]["nanotron_tail"]
     settings["init_from"] = start_hashes
     text = json.dumps([settings, mixture.fingerprint, windows], sort_keys=True)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

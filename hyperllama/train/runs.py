@@ -39,6 +39,7 @@ def _row(file: Path) -> dict[str, Any]:
             "spent_flops": ledger.spent,
             "total_flops": ledger.total,
             "loss": record["loss"],
+            "bits_per_byte": record.get("bits_per_byte"),  # where the recipe has evaluate
             "seconds": record["seconds"],
         }
     except (KeyError, TypeError) as error:

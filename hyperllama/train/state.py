@@ -13,12 +13,14 @@ from hyperllama.checkpoint import Pieces, load, newest, slices
 from hyperllama.flops import Ledger
 from hyperllama.grow.symmetry import clone_factors, layer_asymmetry
 from hyperllama.grow.tensors import grow_arena
-from hyperllama.hub import read_weights
+from hyperllama.hub import stored_weights
 from hyperllama.model import Llama
+from hyperllama.names import logical_tensors
 from hyperllama.train.distributed import Processes
 from hyperllama.train.groups import Groups, parameter_groups
 from hyperllama.train.metrics import Events
-from hyperllama.train.parallel import GradientSum, gather_weights, grow_slices
+from hyperllama.train.micro import Graphed, MicroStep
+from hyperllama.train.parallel import Replicas, Shards, exchange, grow_slices
 from hyperllama.train.plan import DTYPES, Plan
 
 
@@ -35,7 +37,8 @@ class State:
     whole: Arena
     arena: Arena
     model: Llama
-    gradients: GradientSum
+    exchange: Replicas | Shards
+    micro_step: MicroStep
     groups: Groups | None
     ledger: Ledger
     updates: Tensor  # 0-dim int64 on the device: steps that AdamW's moments have seen, skipped ones left out
@@ -51,8 +54,11 @@ class State:
         """From the newest checkpoint of the run's folder, else from a model folder or at random."""
         saved = newest(Path(plan.config.out), mine, say)
         windows = saved[1]["windows"] if saved else 0
-        cut = {"rank": mine.rank, "world": mine.world} if plan.parallel(mine.world) == "zero1" else {}
-        whole = Arena(plan.final_model, plan.dtype, mine.device, training=True, **cut)
+        mode = plan.parallel(mine.world)
+        rank, world = (mine.rank, mine.world) if mode != "ddp" else (0, 1)
+        whole = Arena(
+            plan.final_model, plan.dtype, mine.device, training=True, rank=rank, world=world, sharded=mode == "fsdp"
+        )
         arena = whole if plan.growth is None or plan.grown_before(windows) else whole.tail(plan.model)
         updates = torch.zeros((), dtype=torch.int64, device=mine.device)
         run = cls(plan, mine, attention, whole, arena, *_model(plan, arena, mine, attention), plan.ledger, updates)
@@ -60,7 +66,7 @@ class State:
             folder, state = saved
             load(folder, state, arena, slices(arena) if arena.whole else run.pieces())
             arena.weights_from_master()
-            gather_weights(arena, mine)
+            run.exchange.send()
             run.ledger = Ledger.from_json(state["card"]["ledger"], folder)
             run.step, run.windows, run.counted = state["step"], windows, windows
             run.updates.fill_(state["updates"])
@@ -68,10 +74,14 @@ class State:
             say.note("resumed", step=run.step, checkpoint=folder.name, processes=mine.world)
             return run
         if plan.start is not None:
-            read_weights(plan.start, plan.model, arena.logical("weights"))
+            tensors = {tensor.name: tensor for tensor in logical_tensors(plan.model)}
+            for name, values in stored_weights(plan.start, plan.model, {k: t.shape for k, t in tensors.items()}):
+                tensor = tensors[name]
+                arena.write(arena.offsets[tensor.packed] + tensor.start * (tensor.size // tensor.shape[0]), values)
             arena.master_from_weights()
         else:
             run.model.init_weights(plan.config.seed)
+        run.exchange.send()
         say.note("started", processes=mine.world)
         return run
 
@@ -86,6 +96,7 @@ class State:
         """Grow into the whole arena, in place."""
         growth, settings = self.plan.growth, self.plan.config.grow
         assert growth is not None and settings is not None
+        self.exchange.settle()
         if self.whole.whole:
             grow_arena(self.arena, self.whole, growth.operator)
         else:
@@ -95,13 +106,19 @@ class State:
             self.whole.v.zero_()
             self.updates.zero_()
         self.arena = self.whole
-        self.model, self.gradients, self.groups = _model(self.plan, self.arena, self.mine, self.attention)
+        self.model, self.exchange, self.micro_step, self.groups = _model(
+            self.plan, self.arena, self.mine, self.attention
+        )
 
     def asymmetry(self) -> Tensor | None:
         """How far the copies of a clone have come apart, in the middle layer, on the device; None for a model that is no clone."""
         growth = self._growth()
         factors = clone_factors(growth, self.plan.config.init_from or "the run") if growth else (1, 1)
-        return layer_asymmetry(self.arena, factors, self.arena.config.num_layers // 2) if factors[0] > 1 else None
+        if factors[0] == 1:
+            return None
+        middle = self.arena.config.num_layers // 2
+        self.exchange.forward_reaches(middle)
+        return layer_asymmetry(self.arena, factors, middle)
 
     @property
     def seconds(self) -> float:
@@ -153,11 +170,21 @@ class State:
         return growth
 
 
-def _model(plan: Plan, arena: Arena, mine: Processes, attention: str) -> tuple[Llama, GradientSum, Groups | None]:
-    """The model over an arena, the sums of its gradients, and the groups that its parameters update in."""
-    growth, settings = plan.growth, plan.config.grow
-    exact = growth is not None and settings is not None and settings.lr_factors == "exact"
+def _model(
+    plan: Plan, arena: Arena, mine: Processes, attention: str
+) -> tuple[Llama, Replicas | Shards, MicroStep, Groups | None]:
+    """The model over an arena, its exchange with other processes, its micro-step, and the groups that its parameters update in."""
+    growth, config = plan.growth, plan.config
+    exact = growth is not None and config.grow is not None and config.grow.lr_factors == "exact"
     grown_by = (growth.operator, plan.model) if growth and exact and arena.config == growth.model else None
-    groups = parameter_groups(arena, plan.config.optimizer.decay, grown_by)
-    model = Llama(arena.config, arena, backend=attention, tables=DTYPES[plan.config.rope_tables])
-    return model, GradientSum(arena, mine), groups
+    groups = parameter_groups(arena, config.optimizer.decay, grown_by)
+    model = Llama(
+        arena.config, arena, backend=attention, functional=config.compile, tables=DTYPES[config.rope_tables],
+        recompute=config.activation_checkpointing,
+    )  # fmt: skip
+    between = exchange(arena, mine)
+    model.exchange = between if mine.world > 1 and not config.compile else None
+    z_loss = config.optimizer.z_loss
+    if config.cuda_graphs:
+        return model, between, Graphed(model, between, z_loss), groups
+    return model, between, MicroStep(model, between, z_loss, compiled=config.compile), groups

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hyperllama.checkpoint import export_checkpoint
+from hyperllama.companions import ADAM_V, CompanionFile
 from hyperllama.data.loader import Loader
 from hyperllama.errors import HyperLlamaError
 from hyperllama.flops import window_flops
 from hyperllama.hub import model_config, open_folder
 from hyperllama.train.loop import _StopRequest, train
-from hyperllama.train.plan import make_plan
+from hyperllama.train.plan import counted_tokens, make_plan
 from hyperllama.train.schedule import lr_ratio
 from tests.study import SEQ_LEN, run_config, settings
 
@@ -268,12 +269,20 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(study, undisturbed, tmp_
 def test_an_exported_checkpoint_has_the_bits_of_the_runs_own_export(study, tmp_path, precision):
     cost = 8 * make_plan(run_config(study, tmp_path / "x")).cost
     changes = {"precision": precision, "checkpoint": {"every_steps": 3, "milestones": [6 * cost]}}
-    train(run_config(study, tmp_path / "run", **changes), quiet=True)
-    checkpoint, state = export_checkpoint(tmp_path / "run", tmp_path / "exported")
+    train(run_config(study, tmp_path / "run", export={"adam_v": True}, **changes), quiet=True)
+    checkpoint, state = export_checkpoint(tmp_path / "run", tmp_path / "exported", counted_tokens)
     assert (checkpoint.name, state["step"]) == ("step-00000006", 6)
     ours, exported = (tmp_path / "run" / "milestones" / str(6 * cost), tmp_path / "exported")
-    for name in ("model.safetensors", "config.json", "hyperllama.json", "tokenizer.model"):
+    files = ["adam_v.safetensors", "config.json", "hyperllama.json", "model.safetensors", "token_counts.safetensors"]
+    assert sorted(file.name for file in exported.iterdir()) == [*files, "tokenizer.model"]
+    for name in (*files[1:], "tokenizer.model"):
         assert (ours / name).read_bytes() == (exported / name).read_bytes(), name
+    a, b = (
+        CompanionFile(folder, ADAM_V) for folder in (ours, exported)
+    )  # the library writes its metadata in any order
+    assert a.metadata == b.metadata and a.metadata["step"] == "6" and a.names == b.names
+    a, b = (load_file(folder / ADAM_V) for folder in (ours, exported))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from hyperllama.arena import Arena
 from hyperllama.config import ScheduleSettings
 from hyperllama.data.loader import Loader, micro_batches
+from hyperllama.errors import HyperLlamaError
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.rope import rope_tables
 from hyperllama.model import Llama
@@ -127,3 +128,37 @@ def test_deterministic_holds_where_attention_is_chosen(study, tmp_path, monkeypa
     for wanted in (True, False):
         train(run_config(study, tmp_path / str(wanted), deterministic=wanted, budget={"windows": 8}), quiet=True)
     assert seen == [True, False]
+
+
+def test_a_stage_ends_as_nanotrons_does_and_its_copies_cost_flops(study, tmp_path):
+    """50 windows in steps of 8 over 2 processes with micro-batches of 2: 7 whole steps, the last with windows 48, 49 and copies."""
+    data = {"sources": [{"path": str(study / "shards" / "eng")}], "seq_len": 32}
+    changes = {"micro_batch": 2, "loss_mean": "micro_batch"}
+    tail = {"nanotron_tail": {"processes": 2, "micro_batch": 2}}
+    record = train(run_config(study, tmp_path / "tail", data=data | tail, **changes), quiet=True)
+    train(run_config(study, tmp_path / "plain", data=data, **changes), quiet=True)
+    ended, plain = metrics(tmp_path / "tail"), metrics(tmp_path / "plain")
+    assert [line["loss"] for line in ended[:6]] == [line["loss"] for line in plain[:6]]
+    assert ended[6]["batch"] == 8 and ended[6]["loss"] != plain[6]["loss"]
+    assert record["ledger"]["spent"] == 56 * record["plan"]["flops_per_window_dense"]
+    assert record["card"]["token_counts"] == {"eng": 56 * 32}
+    with Loader(make_plan(run_config(study, tmp_path / "x", data=data | tail, **changes)).mixture, 8) as loader:
+        rows = loader.batch(48).ids
+        first, last = (loader.batch(48).ids[i] for i in (0, 1))
+    # process 0 takes the two windows that are left, process 1 the second of them and a copy; all else are copies
+    assert (
+        torch.equal(rows[0], first) and all(torch.equal(row, last) for row in rows[1:]) and not torch.equal(first, last)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"data": {"processes": 3, "micro_batch": 2}}, "not a multiple of its processes times its micro_batch"),
+        ({"data": {"processes": 2, "micro_batch": 2}, "budget": {"steps": 3}}, "give budget.windows or budget.tokens"),
+    ],
+)
+def test_a_tail_that_fits_no_stage_is_refused(study, tmp_path, changes, sentence):
+    data = {"sources": [{"path": str(study / "shards" / "eng")}], "seq_len": 32, "nanotron_tail": changes["data"]}
+    with pytest.raises(HyperLlamaError, match=sentence):
+        run_config(study, tmp_path / "run", **(changes | {"data": data}))
