@@ -72,6 +72,7 @@ def main() -> int:
     given = parser.parse_args()
     until = time.monotonic() + 60 * given.minutes - given.seconds
     versions = installed(given.work)
+    commit = (versions[0].library / "COMMIT").read_text(encoding="utf-8")
     trials: list[dict[str, Any]] = read_json(given.out)["trials"] if given.out.is_file() else []
     while time.monotonic() < until:
         found = summary(trials)
@@ -82,9 +83,8 @@ def main() -> int:
         slow = wanted["slowed"] * max(given.equal, 1) > wanted["equal"] * max(given.slowed, 1) or wanted["equal"] <= 0
         trials.append(trial(versions, CASES[found["slowed"]["trials"] % len(CASES)] if slow else None, given.seconds))
         print({key: value for key, value in trials[-1].items() if key != "ratios"}, flush=True)
-        write_json(given.out, {
-            "date": datetime.date.today().isoformat(), "environment": environment(), "summary": summary(trials), "trials": trials,
-        })  # fmt: skip
+        about = {"date": datetime.date.today().isoformat(), "environment": environment(), "commit": commit}
+        write_json(given.out, {**about, "summary": summary(trials), "trials": trials})
     found = summary(trials)
     print(found)
     allowed = found["equal"]["alarms"] <= max(1, found["equal"]["trials"] // 40)
