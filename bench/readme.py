@@ -3,7 +3,8 @@
     python -m bench.readme            rewrite the block between the marks in README.md
     python -m bench.readme --check    exit 1 when it differs from what the results say
 
-Every results file of the harness adds the tables of what it has; merging.json the comparison of merge methods.
+Every results file of the harness adds the tables of what it has, and a picture where it has training steps (plots.py);
+merging.json adds the comparison of merge methods.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hyperllama.files import write_text
+from hyperllama.files import sha256_file, write_text
 
+from . import plots
 from .targets import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
@@ -120,8 +122,27 @@ def block(folder: Path = RESULTS) -> str:
         else:
             continue
         if tables := [text for text in tables if text]:
-            parts += [caption(document), *tables]
+            picture = path.with_suffix(".png")
+            shows = [f"![{picture.stem}]({picture.relative_to(folder.parent.parent)})"] if picture.is_file() else []
+            parts += [caption(document), *shows, *tables]
     return "\n\n".join([BEGIN, *parts, END])
+
+
+def pictures(folder: Path = RESULTS) -> Iterator[tuple[Path, Path]]:
+    """(results file, picture) of what is drawn: runs of bench.cpu with training steps."""
+    for path in sorted(folder.glob("*/*.json")):
+        results = json.loads(path.read_text(encoding="utf-8")).get("results", [])
+        if any(result["case"] == "step" for result in results):
+            yield path, path.with_suffix(".png")
+
+
+def stale(folder: Path = RESULTS) -> list[Path]:
+    """Pictures that are missing or show other results."""
+    return [
+        picture
+        for source, picture in pictures(folder)
+        if not picture.is_file() or plots.shown(picture) != sha256_file(source)
+    ]
 
 
 def updated(page: str, figures: str) -> str:
@@ -137,9 +158,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write README's figures from bench/results.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when they differ")
     check = parser.parse_args().check
+    old = stale()
+    for source, picture in pictures() if not check else ():
+        plots.draw(json.loads(source.read_text(encoding="utf-8")), sha256_file(source), picture)
     page = README.read_text(encoding="utf-8")
     new = updated(page, block())
-    if check and new != page:
+    if check and (new != page or old):
         print("README.md has other figures than bench/results: run python -m bench.readme", file=sys.stderr)
         return 1
     if not check:

@@ -1,6 +1,7 @@
 """README's figures are those of bench/results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,22 @@ from hyperllama.bench import readme
 
 def test_the_readme_has_the_figures_that_were_measured() -> None:
     page = readme.README.read_text(encoding="utf-8")
-    assert readme.updated(page, readme.block()) == page, "run python -m bench.readme"
+    assert readme.updated(page, readme.block()) == page and not readme.stale(), "run python -m bench.readme"
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", readme.block()):
+        assert (readme.README.parent / image).stat().st_size < 200_000
+
+
+def test_a_picture_of_other_results_is_noticed(tmp_path: Path) -> None:
+    [source] = readme.RESULTS.glob("*/cpu.json")
+    (tmp_path / "device").mkdir()
+    copy = tmp_path / "device" / "cpu.json"
+    copy.write_bytes(source.read_bytes())
+    picture = copy.with_suffix(".png")
+    assert readme.stale(tmp_path) == [picture]
+    picture.write_bytes(source.with_suffix(".png").read_bytes())
+    assert readme.stale(tmp_path) == []
+    copy.write_bytes(source.read_bytes() + b"\n")
+    assert readme.stale(tmp_path) == [picture]
 
 
 def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
