@@ -50,7 +50,7 @@ PARTS = {
     "throughput": Part(
         "Whole training steps, tokens per second, against transformers.",
         Program("cpu", ("--only", STEPS, "--name", "throughput")),
-        Program("throughput"),
+        Program("throughput", quick=("--rounds", "3")),
     ),
     "grow": Part(
         "Growth of model folders from the shell.", Program("merge", ("--only", "^(grow|start)", "--name", "grow"))
