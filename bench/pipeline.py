@@ -173,7 +173,7 @@ def restore_case(space: Workspace, parameters: int) -> Case:
     def read() -> None:
         for path in run_folder.rglob("*.safetensors"):
             with open(path, "rb", buffering=0) as file:
-                while file.readinto(buffer):
+                while file.readinto(buffer.data):
                     pass
 
     roofs = {"read": Roof(lambda: read)}

@@ -239,6 +239,7 @@ class Gate:
     )  # case -> share of its time that head wastes: for trials of the gate
     trials: dict[str, Trial] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)  # case -> why it has no ratio
+    told: dict[str, dict[str, str]] = field(default_factory=dict)  # what the versions' processes say of themselves
     sweeps: int = 0
 
     def run(self, seconds: float, say: Callable[[str], None] = lambda _: None) -> None:
@@ -251,6 +252,9 @@ class Gate:
                         for worker in pair:
                             worker.ask("fresh")
                         if names is None:
+                            self.told = {worker.version.name: worker.told for worker in pair}
+                            for name, about in self.told.items():
+                                say(f"{name}: {about['commit']} from {about['path']}")
                             known = pair[1].ask("cases")
                             names = [name for name in known if self.only.search(name)]
                             if not names:
@@ -264,7 +268,7 @@ class Gate:
                             return
             except WorkerError as error:
                 if names is None:
-                    raise HyperLlamaError(f"a version can't be measured: {error}") from None
+                    raise HyperLlamaError(f"a version does not start: {error}") from None
                 say(str(error))  # a process that died took its case along: the next pair goes on without
 
     def open(self) -> list[str]:
@@ -306,7 +310,8 @@ class Gate:
         return {
             "verdict": "regression" if of("slower", "broken") else "pass",
             "slower": of("slower"), "broken": of("broken"), "undecided": of("undecided"), "not_in_base": of("not in base"),
-            "alarm": ALARM, "margin": MARGIN, "worth": WORTH, "miss": MISS, "sweeps": self.sweeps, "cases": cases,
+            "alarm": ALARM, "margin": MARGIN, "worth": WORTH, "miss": MISS, "sweeps": self.sweeps, **self.told,
+            "cases": cases,
         }  # fmt: skip
 
 
@@ -362,16 +367,9 @@ def judge(ref: str, *, only: str = "", minutes: float = 5.0, resources: bool = T
     with tempfile.TemporaryDirectory(prefix="hyperllama-regress-") as temporary:
         say(f"installing {commit[:12]} and the working tree")
         base, head = (install(repository, at, name, Path(temporary)) for name, at in (("base", commit), ("head", None)))
-        try:
-            with workers((base, head)) as pair:
-                told = {worker.version.name: worker.told for worker in pair}
-        except WorkerError as error:
-            raise HyperLlamaError(f"a version does not start: {error}") from None
-        for name, about in told.items():
-            say(f"{name}: {about['commit']} from {about['path']}")
         gate = Gate(base, head, pattern)
         gate.run(60 * minutes, say)
-        report = {**gate.report(), **told, "environment": environment()}
+        report = {**gate.report(), "environment": environment()}
         if resources:
             say("resource gate ...")
             report["resources"] = resource_gate(head)

@@ -24,19 +24,20 @@ from .sequential import WORTH
 CASES = ("adamw csrc", "attention forward+backward csrc", "step tiny", "loader")
 
 
-def installed(work: Path) -> list[Installation]:
+def installed(work: Path) -> tuple[Installation, Installation]:
     """The working tree, twice."""
-    found = [Installation(name, work / name) for name in ("base", "head")]
-    missing = [made for made in found if not (made.library / "COMMIT").is_file()]
-    for made in missing:
-        install(checkout(), None, made.name, work)
-    return found
+    base, head = Installation("base", work / "base"), Installation("head", work / "head")
+    for version in (base, head):
+        if not (version.library / "COMMIT").is_file():
+            install(checkout(), None, version.name, work)
+    return base, head
 
 
-def trial(versions: list[Installation], slowed: str | None, seconds: float) -> dict[str, Any]:
+def trial(versions: tuple[Installation, Installation], slowed: str | None, seconds: float) -> dict[str, Any]:
     """One run of the gate: which case was slowed, which cases it found slower, and the ratios it saw."""
     only = re.compile("|".join(f"^{re.escape(case)}$" for case in CASES))
-    gate = Gate(*versions, only, {slowed: WORTH} if slowed else {})
+    base, head = versions
+    gate = Gate(base, head, only, {slowed: WORTH} if slowed else {})
     began = time.monotonic()
     gate.run(seconds)
     report = gate.report()

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 from hyperllama.config import ModelConfig
 from hyperllama.data.shards import Shards, build_shards
 from hyperllama.files import write_json
-from hyperllama.flops import window_flops
+from hyperllama.flops import Convention, window_flops
 from hyperllama.kernels import merge
 
 from .cpu import llama, release
@@ -73,7 +74,7 @@ def model_size(names: list[str], seq_len: int) -> Series:
             "max_position_embeddings": seq_len,
         }
         config = ModelConfig(**settings)
-        step = lambda config=config: our_step(config, 1, BF16, "csrc")  # noqa: E731
+        step = partial(our_step, config, 1, BF16, "csrc")
         points.append(Point(config.num_parameters, window_flops(config, seq_len, "causal"), step))
     return Series("one block", "parameters", "FLOPs", points)
 
@@ -83,7 +84,7 @@ def sequence_length(lengths: list[int]) -> Series:
     points = []
     for length in lengths:
         config = llama(128, 352, 6, 4, 2, 32, 2048, length)
-        step = lambda config=config: our_step(config, 1, BF16, "csrc")  # noqa: E731
+        step = partial(our_step, config, 1, BF16, "csrc")
         points.append(Point(length, window_flops(config, length, "causal"), step))
     return Series("sequence length", "tokens", "FLOPs", points)
 
@@ -109,25 +110,27 @@ def merged_models(method: str, counts: list[int], elements: int) -> Series:
         return lambda: merge.ties(base, models[:count], weights, [0.5] * count)
 
     passes = {"linear": lambda n: n + 1, "ties": lambda n: 2 * (n + 1) + 1}[method]
-    points = [Point(n, passes(n) * base.nbytes, lambda n=n: thunk(n)) for n in counts]
+    points = [Point(n, passes(n) * base.nbytes, partial(thunk, n)) for n in counts]
     return Series(f"merge {method}", "models", "bytes", points)
 
 
 def data_size(what: str, sizes: list[int], space: Workspace) -> Series:
     """Tokenizing text of so many bytes to shards, or opening those shards and reading a thousand windows in a mixture's order."""
+
+    def tokenize(text: Path, out: Path) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        build_shards([text], space.tokenizer(), out, language="eng")
+
+    def read(folder: Path) -> None:
+        opened = Shards.open(folder)
+        opened.windows(np.arange(opened.num_windows(128)), 128)
+
     points = []
     for size in sizes:
         text, shards = space.text(size), space.shards(size)
 
-        def tokenize(text: Path = text, out: Path = space.path / f"out-{size}") -> None:
-            shutil.rmtree(out, ignore_errors=True)
-            build_shards([text], space.tokenizer(), out, language="eng")
-
-        def read(folder: Path = shards) -> None:
-            opened = Shards.open(folder)
-            opened.windows(np.arange(opened.num_windows(128)), 128)
-
-        points.append(Point(size, text.stat().st_size, lambda do=tokenize if what == "tokenize" else read: do))
+        do = partial(tokenize, text, space.path / f"out-{size}") if what == "tokenize" else partial(read, shards)
+        points.append(Point(size, text.stat().st_size, partial(lambda do: do, do)))
     return Series(f"data {what}", "bytes of text", "bytes", points)
 
 
@@ -163,12 +166,10 @@ def processes(counts: list[int], space: Workspace, steps: int) -> Series:
 
         return call
 
-    return Series(
-        "processes", "processes", "FLOPs of each", [Point(n, work // n, lambda n=n: thunk(n)) for n in counts]
-    )
+    return Series("processes", "processes", "FLOPs of each", [Point(n, work // n, partial(thunk, n)) for n in counts])
 
 
-def fit(work: list[int], seconds: list[float]) -> dict[str, float | None]:
+def fit(work: list[int], seconds: list[float]) -> dict[str, Any]:
     """The exponent of seconds in work, and its standard error by the residuals (None for two points)."""
     x, y = np.log(work), np.log(seconds)
     x = x - x.mean()
@@ -193,15 +194,21 @@ def measure(series: Series, rounds: int) -> dict[str, Any]:
     ran = [point for point in points if point["seconds"]]
     fitted = fit([p["work"] for p in ran], [p["seconds"]["median"] for p in ran]) if len(ran) > 1 else None
     about = {"name": series.name, "size": series.size, "unit": series.unit}
-    return {**about, "points": points, "fit": fitted, "faster_than_work": bool(fitted and fitted["exponent"] > ABOVE)}
+    return {
+        **about,
+        "points": points,
+        "fit": fitted,
+        "faster_than_work": fitted is not None and fitted["exponent"] > ABOVE,
+    }
 
 
 def counted(seq_len: int) -> list[dict[str, Any]]:
     """Whole models by counting: parameters and FLOPs of a window."""
     rows = []
+    conventions: tuple[Convention, ...] = ("dense", "causal")
     for name, shape in SHAPES.items():
         config = ModelConfig(**shape.settings(shape.num_layers), max_position_embeddings=seq_len)
-        flops = {kind: window_flops(config, seq_len, kind) for kind in ("dense", "causal")}  # type: ignore[arg-type]
+        flops = {convention: window_flops(config, seq_len, convention) for convention in conventions}
         rows.append({"model": name, "parameters": config.num_parameters, "seq_len": seq_len, "flops_per_window": flops})
     return rows
 
