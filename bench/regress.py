@@ -234,32 +234,25 @@ class Gate:
     base: Installation
     head: Installation
     only: re.Pattern[str] = field(default_factory=lambda: re.compile(""))
-    slow: dict[str, float] = field(
-        default_factory=dict
-    )  # case -> share of its time that head wastes: for trials of the gate
+    slow: dict[str, float] = field(default_factory=dict)  # case -> share of its time that head wastes, to try the gate
     trials: dict[str, Trial] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)  # case -> why it has no ratio
+    stumbled: set[str] = field(default_factory=set)  # cases that failed once, which may be the machine's doing
+    failures: dict[str, str] = field(default_factory=dict)  # cases that failed twice, and why
     told: dict[str, dict[str, str]] = field(default_factory=dict)  # what the versions' processes say of themselves
     sweeps: int = 0
 
     def run(self, seconds: float, say: Callable[[str], None] = lambda _: None) -> None:
-        """Sweep until every case is decided or `seconds` are over. Raises HyperLlamaError when no process of a version starts."""
-        until, names = time.monotonic() + seconds, None
-        while names is None or time.monotonic() < until:
+        """Sweep until every case is decided or `seconds` are over. Raises HyperLlamaError when a version does not start."""
+        until, begun = time.monotonic() + seconds, False
+        while not begun or time.monotonic() < until:
             try:
                 with workers((self.base, self.head)) as pair:
                     for _ in range(SWEEPS):
                         for worker in pair:
                             worker.ask("fresh")
-                        if names is None:
-                            self.told = {worker.version.name: worker.told for worker in pair}
-                            for name, about in self.told.items():
-                                say(f"{name}: {about['commit']} from {about['path']}")
-                            known = pair[1].ask("cases")
-                            names = [name for name in known if self.only.search(name)]
-                            if not names:
-                                raise HyperLlamaError(f"--only {self.only.pattern} finds none of {', '.join(known)}")
-                            self.trials = {name: Trial(len(names)) for name in names}
+                        if not begun:
+                            self._begin(pair, say)
+                            begun = True
                         self._sweep(pair, until)
                         for worker in pair:
                             worker.ask("end")
@@ -267,9 +260,20 @@ class Gate:
                         if not self.open() or time.monotonic() >= until:
                             return
             except WorkerError as error:
-                if names is None:
+                if not begun:
                     raise HyperLlamaError(f"a version does not start: {error}") from None
-                say(str(error))  # a process that died took its case along: the next pair goes on without
+                say(str(error))  # the next pair goes on
+
+    def _begin(self, pair: Sequence[Worker], say: Callable[[str], None]) -> None:
+        """Note who is measured, and what. Raises HyperLlamaError when `only` finds no case."""
+        for worker in pair:
+            self.told[worker.version.name] = worker.told
+            say(f"{worker.version.name}: {worker.told['commit']} from {worker.told['path']}")
+        known = pair[1].ask("cases")
+        names = [name for name in known if self.only.search(name)]
+        if not names:
+            raise HyperLlamaError(f"--only {self.only.pattern} finds none of {', '.join(known)}")
+        self.trials = {name: Trial(len(names)) for name in names}
 
     def open(self) -> list[str]:
         """Cases without a verdict."""
@@ -290,9 +294,11 @@ class Gate:
             try:
                 self.trials[name].add(one_round(pair, name, self.sweeps + i, self.slow.get(name, 0.0)))
             except WorkerError as error:
-                self.failures[name] = str(error)
-                del self.trials[name]
-                if "its process" in str(error):
+                if name in self.stumbled:
+                    self.failures[name] = str(error)
+                    del self.trials[name]
+                self.stumbled.add(name)
+                if "its process" in str(error):  # there is none to go on with
                     raise
 
     def report(self) -> Report:

@@ -107,6 +107,16 @@ def test_a_process_that_dies_takes_its_case_along_and_no_other(versions: tuple[I
     assert "warning: time was over" in regress.table(gate.report())
 
 
+def test_faults_of_the_resource_gate_are_a_regression_too(versions: tuple[Installation, Installation]) -> None:
+    pytest.importorskip("triton")
+    program = versions[1].library / "hyperllama" / "bench" / "resources.py"
+    program.write_text("import sys\nprint('3 launches')\nprint('kernel: spills', file=sys.stderr)\nsys.exit(1)\n")
+    found = regress.resource_gate(versions[1])
+    assert found == {"exit": 1, "summary": "3 launches", "faults": ["kernel: spills"]}
+    report = {**Gate(*versions).report(), "verdict": "regression", "resources": found}
+    assert regress.table(report).splitlines()[-2:] == ["kernel: spills", "regression: Triton kernels"]
+
+
 def test_the_working_tree_is_copied_as_it_is_without_what_git_ignores(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "package").mkdir(parents=True)
