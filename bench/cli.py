@@ -107,6 +107,7 @@ def regress_command(
     base: Annotated[str, typer.Option(metavar="REF", help="Commit, branch or tag to compare the working tree with.")],
     only: Annotated[str, typer.Option(metavar="REGEX", help="Cases whose name it finds.")] = "",
     minutes: Annotated[float, typer.Option(help="Of measuring, at most.")] = 5.0,
+    threads: Annotated[int, typer.Option(help="Of each version; one stays on one CPU.")] = 1,
     resources: Annotated[bool, typer.Option(help="Also judge what compilers make of the Triton kernels.")] = True,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON to this file.")] = None,
     as_json: Json = False,
@@ -116,7 +117,7 @@ def regress_command(
 
     from .regress import judge, table
 
-    report = judge(base, only=only, minutes=minutes, resources=resources)
+    report = judge(base, only=only, minutes=minutes, threads=threads, resources=resources)
     if out:
         write_json(out, report)
     print(json.dumps(report, indent=1) if as_json else table(report))

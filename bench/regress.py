@@ -1,12 +1,15 @@
 """The regression gate: two versions of HyperLlama measured in turns on this machine, and a verdict that can be trusted.
 
-    hyperllama bench regress --base origin/main [--only REGEX] [--minutes 5] [--json]
+    hyperllama bench regress --base origin/main [--only REGEX] [--minutes 5] [--threads 1] [--json]
 
 Run it in a checkout: the working tree, as it is, is judged against the commit REF. Both are copied to a temporary folder, installed
 apart with their C++ compiled, and run in processes of their own, which tell the path they were loaded from. A sweep takes a fresh
 process of each version and goes through the cases that are still open (regress_cases.py); a case's round is turns of short samples,
 base head head base and the other way round, so that drift meets both alike, and gives one number. What the numbers say is decided
 while they come (sequential.py): the probability of any false alarm is at most 2 %, over all cases together.
+
+Both processes of a sweep have one thread, on one and the same CPU, another one every sweep: a neighbour there then takes from both.
+So code that lost its parallelism is not slower here; --threads N lets the system place N threads, and costs rounds.
 
 Where Triton is installed the resource gate (resources.py) judges the working tree's kernels too, without a GPU; with one they are
 cases as well. Exit codes: 0 pass, 1 a regression, 2 a mistake. What is undecided when the minutes are over passes, with a warning.
@@ -34,10 +37,10 @@ from hyperllama.errors import HyperLlamaError
 
 from .environment import environment
 from .harness import median_interval
-from .sequential import ALARM, MARGIN, MISS, WORTH, Pair, Trial, round_ratio
+from .sequential import ALARM, MARGIN, MISS, WORTH, Trial, round_ratio
 
-SAMPLE = 0.008  # seconds
-ROUND, TURNS = 0.15, (3, 8)  # seconds that a round samples, but at least and at most so many turns
+SAMPLE = 0.004  # seconds
+ROUND, TURNS = 0.2, (3, 12)  # seconds that a round samples, but at least and at most so many turns
 SWEEPS = 6  # of one pair of processes: code and libraries lie at other addresses in the next
 PATIENCE = 300  # seconds that a worker has for an answer
 WORKER = Path(__file__).parent / "regress_worker.py"
@@ -64,6 +67,7 @@ class Installation:
         """Environment variables of its processes: its own code first, then whatever this process imports from."""
         here = [path for path in sys.path if path]
         own = {"PYTHONPATH": os.pathsep.join([str(self.library), *here]), "PYTHONHASHSEED": "0"}
+        own["OMP_WAIT_POLICY"] = "passive"  # threads that wait must not take a core from the other version's turn
         return {name: value for name, value in os.environ.items() if not name.startswith("HYPERLLAMA_")} | own
 
 
@@ -217,14 +221,15 @@ def one_round(pair: Sequence[Worker], case: str, turn: int, slow: float = 0.0) -
 
     about = ask(0, "prepare", case=case)
     ask(1, "prepare", case=case, calls=about["calls"], slow=slow)
-    turns: list[tuple[Pair, Pair]] = []
-    spent = 0.0
-    while len(turns) < TURNS[0] or (spent < ROUND and len(turns) < TURNS[1]):
-        outer = (turn + len(turns)) % 2
-        a, b, c, d = (ask(i, "sample", seconds=SAMPLE) for i in (outer, 1 - outer, 1 - outer, outer))
-        turns.append(((b, c), (a, d)) if outer else ((a, d), (b, c)))
+    took: tuple[list[float], list[float]] = ([], [])
+    turns, spent = 0, 0.0
+    while turns < TURNS[0] or (spent < ROUND and turns < TURNS[1]):
+        outer = (turn + turns) % 2
+        for i in (outer, 1 - outer, 1 - outer, outer):
+            took[i].extend(ask(i, "sample", seconds=SAMPLE))
+        turns += 1
         spent += 4 * max(SAMPLE, about["seconds"])
-    return round_ratio(turns)
+    return round_ratio(*took)
 
 
 @dataclass
@@ -235,6 +240,7 @@ class Gate:
     head: Installation
     only: re.Pattern[str] = field(default_factory=lambda: re.compile(""))
     slow: dict[str, float] = field(default_factory=dict)  # case -> share of its time that head wastes, to try the gate
+    threads: int = 1
     trials: dict[str, Trial] = field(default_factory=dict)
     stumbled: set[str] = field(default_factory=set)  # cases that failed once, which may be the machine's doing
     failures: dict[str, str] = field(default_factory=dict)  # cases that failed twice, and why
@@ -248,8 +254,9 @@ class Gate:
             try:
                 with workers((self.base, self.head)) as pair:
                     for _ in range(SWEEPS):
+                        where = self._where()
                         for worker in pair:
-                            worker.ask("fresh")
+                            worker.ask("fresh", threads=self.threads, cpu=where)
                         if not begun:
                             self._begin(pair, say)
                             begun = True
@@ -263,6 +270,13 @@ class Gate:
                 if not begun:
                     raise HyperLlamaError(f"a version does not start: {error}") from None
                 say(str(error))  # the next pair goes on
+
+    def _where(self) -> int | None:
+        """The CPU of the next sweep; with several threads None, wherever the system puts them."""
+        if self.threads > 1 or not hasattr(os, "sched_getaffinity"):
+            return None
+        cpus = sorted(os.sched_getaffinity(0))
+        return cpus[self.sweeps % len(cpus)]
 
     def _begin(self, pair: Sequence[Worker], say: Callable[[str], None]) -> None:
         """Note who is measured, and what. Raises HyperLlamaError when `only` finds no case."""
@@ -316,8 +330,8 @@ class Gate:
         return {
             "verdict": "regression" if of("slower", "broken") else "pass",
             "slower": of("slower"), "broken": of("broken"), "undecided": of("undecided"), "not_in_base": of("not in base"),
-            "alarm": ALARM, "margin": MARGIN, "worth": WORTH, "miss": MISS, "sweeps": self.sweeps, **self.told,
-            "cases": cases,
+            "alarm": ALARM, "margin": MARGIN, "worth": WORTH, "miss": MISS, "threads": self.threads, "sweeps": self.sweeps,
+            **self.told, "cases": cases,
         }  # fmt: skip
 
 
@@ -357,7 +371,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def judge(ref: str, *, only: str = "", minutes: float = 5.0, resources: bool = True) -> Report:
+def judge(ref: str, *, only: str = "", minutes: float = 5.0, threads: int = 1, resources: bool = True) -> Report:
     """Install the commit `ref` and the working tree, measure both for at most `minutes`; `only`: cases whose name it finds.
 
     Raises HyperLlamaError for a mistake, before any work where it can be.
@@ -368,12 +382,14 @@ def judge(ref: str, *, only: str = "", minutes: float = 5.0, resources: bool = T
         raise HyperLlamaError(f"--only {only}: no regular expression: {error}") from None
     if not 0 < minutes < math.inf:
         raise HyperLlamaError(f"--minutes is {minutes}; a number above 0 was expected")
+    if threads < 1:
+        raise HyperLlamaError(f"--threads is {threads}; at least 1 was expected")
     repository = checkout()
     commit = commit_of(repository, ref)
     with tempfile.TemporaryDirectory(prefix="hyperllama-regress-") as temporary:
         say(f"installing {commit[:12]} and the working tree")
         base, head = (install(repository, at, name, Path(temporary)) for name, at in (("base", commit), ("head", None)))
-        gate = Gate(base, head, pattern)
+        gate = Gate(base, head, pattern, threads=threads)
         gate.run(60 * minutes, say)
         report = {**gate.report(), "environment": environment()}
         if resources:

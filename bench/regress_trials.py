@@ -1,8 +1,8 @@
 """What the regression gate is worth on this machine: trials of it on equal versions, and on one that is 5 % slower on purpose.
 
-    python -m bench.regress_trials --work DIR --out FILE [--equal 40] [--slowed 20] [--minutes 8] [--seconds 45]
+    python -m bench.regress_trials --work DIR --out FILE [--equal 40] [--slowed 20] [--minutes 8] [--seconds 40]
 
-The working tree is installed twice, once; it stays in DIR. A trial is the gate itself (regress.py) on four of its cases, for at
+The working tree is installed twice, once; it stays in DIR. A trial is the gate itself (regress.py) on three of its cases, for at
 most --seconds. In a slowed one head wastes 5 % of the time of one of them, in turn, by waiting. Run it again: it goes on where it
 stopped, after --minutes at the latest. FILE has every trial with its ratios and, for both kinds, how many gave an alarm.
 """
@@ -21,7 +21,7 @@ from .environment import environment
 from .regress import Gate, Installation, checkout, install
 from .sequential import WORTH
 
-CASES = ("adamw csrc", "attention forward+backward csrc", "step tiny", "loader")
+CASES = ("adamw csrc", "attention forward+backward csrc", "step tiny")
 
 
 def installed(work: Path) -> tuple[Installation, Installation]:
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--equal", type=int, default=40, help="trials of equal versions (%(default)s)")
     parser.add_argument("--slowed", type=int, default=20, help="trials of a slower version (%(default)s)")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no trial that could end later (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=45.0, help="of a trial, at most (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of a trial, at most (%(default)s)")
     given = parser.parse_args()
     until = time.monotonic() + 60 * given.minutes - given.seconds
     versions = installed(given.work)

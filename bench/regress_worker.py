@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -73,14 +72,14 @@ class Measurer:
         self.calls = calls or max(1, round(UNIT / seconds))
         return {"calls": self.calls, "seconds": seconds * self.calls}
 
-    def sample(self, seconds: float) -> float:
-        """Median seconds of a unit of calls, over as many as last `seconds`."""
+    def sample(self, seconds: float) -> list[float]:
+        """Seconds of units of calls, of as many as last `seconds`."""
         times: list[float] = []
         if (first := self._unit()) >= BRIEF:
             times.append(first)
         while sum(times) < seconds:
             times.append(self._unit())
-        return median(times)
+        return times
 
     def _unit(self) -> float:
         began = time.perf_counter()
@@ -90,10 +89,15 @@ class Measurer:
         return time.perf_counter() - began
 
 
-def serve(work: Path, answer: Callable[[Any, str | None], None]) -> None:
-    """Answer until "end"."""
+def serve(work: Path, answer: Callable[[Any, str | None], None], threads: int, cpu: int | None) -> None:
+    """Answer until "end", with so many threads; `cpu`: nowhere else than there."""
+    import torch
+
     import hyperllama.memory
 
+    torch.set_num_threads(threads)
+    if cpu is not None:
+        os.sched_setaffinity(0, {cpu})
     hyperllama.memory.keep_freed_blocks()  # as a training run does
     measurer = Measurer(work)
     answer(None, None)
@@ -136,12 +140,16 @@ def main() -> None:
     gc.freeze()  # or every child would go through all of it again
     commit = (version / "COMMIT").read_text(encoding="utf-8")
     answer({"path": str(path.parent), "commit": commit, "torch": torch.__version__}, None)
-    for _ in sys.stdin:  # "fresh", or whatever else came while a child died
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request.pop("do") != "fresh":  # came while a child died
+            answer(None, "its process is gone")
+            continue
         child = os.fork()
         if not child:
             code = 1
             try:
-                serve(work, answer)
+                serve(work, answer, **request)
                 code = 0
             except BaseException:  # whatever it is, the child must not go on as its parent
                 traceback.print_exc()

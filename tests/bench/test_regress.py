@@ -55,7 +55,7 @@ def test_each_version_runs_its_own_code_and_says_so(versions: tuple[Installation
         for worker, made in zip(pair, versions, strict=True):
             assert Path(worker.told["path"]) == (made.library / "hyperllama").resolve()
             assert worker.told["commit"] == f"commit of {made.name}"
-            worker.ask("fresh")
+            worker.ask("fresh", threads=1, cpu=None)
         with pytest.raises(WorkerError, match="head: ValueError: lost"):
             one_round(pair, "grad_norm csrc", 0)
         with pytest.raises(WorkerError, match="base: ModuleNotFoundError"):
@@ -90,12 +90,12 @@ def test_a_slow_version_is_told_from_an_equal_one_and_lost_code_from_new_code(
 def test_a_process_that_dies_takes_its_case_along_and_no_other(versions: tuple[Installation, Installation]) -> None:
     with workers(versions) as pair:
         base, process = pair[0], pair[0].process.pid
-        base.ask("fresh")
+        base.ask("fresh", threads=1, cpu=None)
         child = int(Path(f"/proc/{process}/task/{process}/children").read_text())
         os.kill(child, signal.SIGKILL)
         with pytest.raises(WorkerError, match="its process ended with code -9"):
             base.ask("sample", seconds=0.0)
-        base.ask("fresh")  # the next child is there
+        base.ask("fresh", threads=1, cpu=None)  # the next child is there
         base.kill()
         with pytest.raises(WorkerError, match="its process"):
             base.ask("prepare", case="loader")
@@ -146,6 +146,7 @@ def test_mistakes_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytes
         ({"ref": "--help"}, "--base --help: git knows no such commit"),
         ({"ref": "HEAD", "only": "("}, "no regular expression"),
         ({"ref": "HEAD", "minutes": 0.0}, "--minutes"),
+        ({"ref": "HEAD", "threads": 0}, "--threads"),
     ):
         with pytest.raises(HyperLlamaError, match=sentence):
             regress.judge(**arguments)
