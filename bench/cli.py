@@ -61,10 +61,10 @@ PARTS = {
 }
 
 
-def command_of(program: Program, quick: bool, out: Path | None) -> list[str]:
-    """The command line of a program; `out` is the folder of results."""
+def command_of(program: Program, quick: bool, out: Path | None, device: str = "") -> list[str]:
+    """The command line of a program; `out` is the folder of results, `device` the name of its folder for this GPU."""
     chosen = [*program.arguments, *(program.quick if quick else ())]
-    where = ["--out", str(out / "gpu.json" if program.module == "gpu" else out)] if out else []
+    where = ["--out", str(out / device / "gpu.json" if program.module == "gpu" else out)] if out else []
     return [sys.executable, "-m", f"{__package__}.{program.module}", *chosen, *where]
 
 
@@ -72,7 +72,10 @@ def measure(names: list[str], quick: bool, as_json: bool, out: Path | None) -> i
     """Run the programs of parts in turn; the exit code is the largest of theirs."""
     import torch
 
+    from .environment import device_slug
+
     gpu, code = torch.cuda.is_available(), 0
+    device = device_slug(torch.cuda.get_device_name()) if gpu else ""
     with tempfile.TemporaryDirectory(prefix="hyperllama-bench-") as temporary:
         folder = out or (Path(temporary) if as_json else None)
         known = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} if folder else {}
@@ -80,7 +83,7 @@ def measure(names: list[str], quick: bool, as_json: bool, out: Path | None) -> i
             part = PARTS[name]
             program = (part.gpu if gpu else None) or part.cpu
             print(f"{name} ...", file=sys.stderr, flush=True)
-            command = command_of(program, quick, folder)
+            command = command_of(program, quick, folder, device)
             done = subprocess.run(command, stdout=sys.stderr if as_json else None, check=False)
             code = max(code, abs(done.returncode))
         if as_json and folder:
