@@ -154,7 +154,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time the CPU ops and whole training steps, and judge the targets.")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and only what fits into five minutes")
     parser.add_argument("--only", type=re.compile, default=re.compile(""), help="cases whose name this regex finds")
-    parser.add_argument("--out", type=Path, help="write <out>/<device>/cpu.json, after every case")
+    parser.add_argument("--out", type=Path, help="write <out>/<device>/<name>.json, after every case")
+    parser.add_argument("--name", default="cpu", help="of that file (%(default)s)")
     parser.add_argument(
         "--malloc", choices=get_args(Malloc), default="users",
         help="which steps keep freed blocks: ours, as with users (default), all, none; ops: all, but for `default`",
@@ -168,7 +169,7 @@ def main() -> int:
     jobs = [job for job in named if (job.quick if arguments.quick else job.rounds)]
     roofs: dict[str, Any] = {"copy": copy_bandwidth()}
     roofs |= {f"matmul {dtype_name(dtype)}": matmul_rate(dtype=dtype, size=MATMUL) for dtype in (FP32, BF16)}
-    path = arguments.out and arguments.out / device_slug(environment("cpu")["device"]) / "cpu.json"
+    path = arguments.out and arguments.out / device_slug(environment("cpu")["device"]) / f"{arguments.name}.json"
     results = measure(jobs, arguments.quick, lambda done: write_results(path, done, roofs) if path else None)
     print(table(results), judgement(results), sep="\n\n")
     if arguments.quick:

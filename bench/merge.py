@@ -315,11 +315,12 @@ def main() -> int:
         "--only", type=re.compile, default=re.compile(""), help="methods (or grow, start) that this regex finds"
     )
     parser.add_argument("--work", type=Path, help="folder for the models, kept; default: a temporary one")
-    parser.add_argument("--out", type=Path, help="write <out>/<device>/merge.json, after every case")
+    parser.add_argument("--out", type=Path, help="write <out>/<device>/<name>.json, after every case")
+    parser.add_argument("--name", default="merge", help="of that file (%(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     size = "180M" if arguments.quick else "572M"
-    path = arguments.out and arguments.out / device_slug(environment("cpu")["device"]) / "merge.json"
+    path = arguments.out and arguments.out / device_slug(environment("cpu")["device"]) / f"{arguments.name}.json"
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work.absolute() if arguments.work else Path(temporary)

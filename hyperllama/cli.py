@@ -14,6 +14,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for them
 import typer
 
 from hyperllama import __version__
+from hyperllama.bench.cli import app as bench_app
 from hyperllama.errors import Diverged, HyperLlamaError, Lost, Stopped
 from hyperllama.files import check_free
 
@@ -29,6 +30,7 @@ tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
 data_app = typer.Typer(no_args_is_help=True, help="Turn text into token shards, look into them, write sample text.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]

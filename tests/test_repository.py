@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
@@ -16,6 +17,14 @@ def test_the_readmes_tree_has_every_file_once():
     named = re.findall(r"^ {4}(\S+) +\S", tree, re.MULTILINE)
     results = {path for path in listed if path.startswith("bench/results/")}  # measurements come and go
     assert sorted(named) == sorted(set(listed) - results)
+
+
+def test_the_peers_of_benchmarks_are_pinned_and_leave_torch_alone():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = [re.fullmatch(r"([\w-]+)==[\w.]+(; .*)?", peer)[1] for peer in extras["peers"]]
+    assert {"transformers", "liger-kernel", "quack-kernels", "cut-cross-entropy", "xformers", "mergekit"} == set(names)
+    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert f"transformers=={tested['transformers']}" in extras["peers"]
 
 
 FAKE = """

@@ -1,0 +1,230 @@
+"""What stands around the ops of a run: tokenizing, the loader, checkpoints, the loop itself, merged and grown folders.
+
+    python -m bench.pipeline data|checkpoint [--quick] [--json] [--out bench/results]
+
+tokenize    text to shards; beside it the tokenizer alone, which bounds it
+loader      windows from shards, in the order of a mixture, as batches
+save        the training state to a checkpoint, waited for; beside it a plain write of as many bytes, without a checksum
+restore     the newest checkpoint, verified and read; beside it a plain read of as many bytes
+The loop and the folders are for the regression gate (regress_cases.py). Files are in the page cache.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hyperllama.arena import Arena
+from hyperllama.checkpoint import Checkpointer, load, newest, slices
+from hyperllama.config import CheckpointSettings, ModelConfig, RunConfig, validated
+from hyperllama.data.loader import Loader
+from hyperllama.data.mixture import Mixture, Source
+from hyperllama.data.sample import write_corpus
+from hyperllama.data.shards import Shards, build_shards
+from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
+
+from .environment import device_slug, environment
+from .harness import Case, Roof, Thunk, run, table, write_results
+
+BUFFER = 4 << 20  # bytes
+SEQ_LEN, WINDOWS = 512, 64  # of a batch
+
+
+class Workspace:
+    """A folder with what cases read, made when first asked for; without a `path` a temporary one, removed with this object."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        if path is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="hyperllama-bench-")
+        self.path = path or Path(self._folder.name)
+
+    def text(self, n_bytes: int) -> Path:
+        """JSONL of about `n_bytes` of English sample text."""
+        folder = self.path / f"corpus-{n_bytes}"
+        if not folder.is_dir():
+            write_corpus(folder, ("eng",), n_bytes, seed=1, dev_bytes=2_000, pairs=1)
+        return folder / "text" / "eng" / "train.jsonl"
+
+    def tokenizer(self) -> Tokenizer:
+        """1024 tokens of that text."""
+        file = self.path / "tokenizer.model"
+        return Tokenizer.load(file) if file.is_file() else train_tokenizer([self.text(200_000)], file, 1024, seed=0)
+
+    def shards(self, n_bytes: int) -> Path:
+        """The text of `text` as shards."""
+        folder = self.path / f"shards-{n_bytes}"
+        if not folder.is_dir():
+            build_shards([self.text(n_bytes)], self.tokenizer(), folder, language="eng")
+        return folder
+
+
+def tokenize_case(space: Workspace, n_bytes: int) -> Case:
+    """Text to shards, checksums and index included."""
+    text, tokenizer, out = space.text(n_bytes), space.tokenizer(), space.path / "tokenized"
+    documents = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
+
+    def ours() -> int:
+        shutil.rmtree(out, ignore_errors=True)
+        return int(build_shards([text], tokenizer, out, language="eng")["tokens"])
+
+    tokens, size = ours(), sum(len(document.encode()) for document in documents)
+    return Case(
+        "tokenize", {"text_bytes": size, "tokens": tokens}, 0, size, {"ours": lambda: ours},
+        roofs={"tokenizer alone": Roof(lambda: lambda: tokenizer.encode_batch(documents))},
+    )  # fmt: skip
+
+
+def loader_case(space: Workspace, n_bytes: int, batches: int) -> Case:
+    """`batches` batches in turn, the next one being read in the background. Bytes: int64 ids and targets."""
+    mixture = Mixture([Source("eng", Shards.open(space.shards(n_bytes)), 1.0)], SEQ_LEN, 0)
+    tokens = batches * WINDOWS * SEQ_LEN
+
+    def setup() -> Thunk:
+        loader, at = Loader(mixture, WINDOWS), 0
+
+        def ours() -> None:
+            nonlocal at
+            for _ in range(batches):
+                loader.batch(at)
+                at += WINDOWS
+
+        return ours
+
+    params: dict[str, int | float | str] = {"windows": WINDOWS, "T": SEQ_LEN, "batches": batches, "tokens": tokens}
+    return Case("loader", params, 0, 16 * tokens, {"ours": setup})
+
+
+class Alone:
+    """A run of one process."""
+
+    rank, world = 0, 1
+
+    def largest_int(self, value: int) -> int:
+        """The largest there is."""
+        return value
+
+    def alive(self) -> None:
+        """Nobody asks."""
+
+
+def _arena(parameters: int) -> Arena:
+    """An arena of about `parameters` weights, masters and moments being normal values."""
+    shape = ModelConfig(
+        hidden_size=64, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32,
+        vocab_size=max(64, parameters // 64), max_position_embeddings=64,
+    )  # fmt: skip
+    arena = Arena(shape, torch.float32, "cpu", training=True)
+    for role in ("master", "m", "v"):
+        getattr(arena, role).normal_(generator=torch.Generator().manual_seed(0))
+    return arena
+
+
+def _quiet(event: str, sentence: str) -> None:
+    raise OSError(f"{event}: {sentence}")  # a benchmark's checkpoints are written
+
+
+def save_case(space: Workspace, parameters: int) -> Case:
+    """A checkpoint, from the call to the end of its thread."""
+    arena = _arena(parameters)
+    size = 12 * arena.size
+
+    def setup() -> Thunk:
+        saver, step = Checkpointer(space.path / "saved", CheckpointSettings(keep=1), Alone(), _quiet), 0
+
+        def ours() -> None:
+            nonlocal step
+            step += 1
+            saver.save(step, slices(arena), arena, {})
+            saver.wait()
+
+        return ours
+
+    def write() -> None:
+        with open(space.path / "written", "wb", buffering=0) as file:
+            for role in ("master", "m", "v"):
+                data = memoryview(getattr(arena, role).numpy()).cast("B")
+                for at in range(0, len(data), BUFFER):
+                    file.write(data[at : at + BUFFER])
+
+    roofs = {"write": Roof(lambda: write)}
+    return Case("save", {"parameters": arena.size}, 0, size, {"ours": setup}, roofs=roofs)
+
+
+def restore_case(space: Workspace, parameters: int) -> Case:
+    """The newest checkpoint, its checksums proved, into an arena."""
+    arena, run_folder = _arena(parameters), space.path / "restored"
+    saver = Checkpointer(run_folder, CheckpointSettings(keep=1), Alone(), _quiet)
+    saver.save(1, slices(arena), arena, {})
+    saver.wait()
+    buffer = np.empty(BUFFER, np.uint8)
+
+    def ours() -> None:
+        found = newest(run_folder, Alone(), _quiet)
+        assert found is not None  # saved above
+        load(*found, arena, slices(arena))
+
+    def read() -> None:
+        for path in run_folder.rglob("*.safetensors"):
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer.data):
+                    pass
+
+    roofs = {"read": Roof(lambda: read)}
+    return Case("restore", {"parameters": arena.size}, 0, 12 * arena.size, {"ours": lambda: ours}, roofs=roofs)
+
+
+def loop_case(space: Workspace, steps: int) -> Case:
+    """A whole run of a model so small that what is not an op takes most of a step: plan, loader, metrics, export."""
+    out, shards = space.path / "run", space.shards(200_000)
+    settings = {
+        "name": "loop", "out": str(out), "tokenizer": str(space.tokenizer().path), "seed": 7, "precision": "fp32",
+        "model": {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1},
+        "data": {"sources": [{"path": str(shards)}], "seq_len": 32}, "budget": {"steps": steps}, "global_batch": 4,
+        "micro_batch": 4, "log_every": 1, "optimizer": {"lr": 0.01}, "schedule": {"warmup_steps": 2},
+    }  # fmt: skip
+
+    def ours() -> None:
+        from hyperllama.train.loop import train
+
+        shutil.rmtree(out, ignore_errors=True)
+        train(validated(RunConfig, settings, "the loop's recipe"), quiet=True)
+
+    return Case("loop", {"steps": steps}, 0, 0, {"ours": lambda: ours})
+
+
+def cases(what: str, quick: bool) -> list[Callable[[Workspace], Case]]:
+    """The cases of `data` or `checkpoint`."""
+    size, parameters = (1_000_000, 4_000_000) if quick else (20_000_000, 180_000_000)
+    if what == "data":
+        return [lambda space: tokenize_case(space, size), lambda space: loader_case(space, size, 8)]
+    return [lambda space: save_case(space, parameters), lambda space: restore_case(space, parameters)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description="Time the data pipeline or checkpoints.")
+    parser.add_argument("what", choices=("data", "checkpoint"))
+    parser.add_argument(
+        "--quick", action="store_true", help="1 MB of text instead of 20; 4M parameters instead of 180M"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
+    parser.add_argument("--out", type=Path, help="write <out>/<device>/<what>.json")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    space, rounds = Workspace(), 5 if given.quick else 9
+    results = [run(make(space), rounds=rounds, min_sample=0) for make in cases(given.what, given.quick)]
+    print(json.dumps(results, indent=1) if given.json else table(results))
+    if given.out:
+        write_results(given.out / device_slug(environment()["device"]) / f"{given.what}.json", results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
