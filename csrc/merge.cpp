@@ -576,7 +576,25 @@ private:
 
 // ---- Sums in fixed order ----
 
-// The sum of a group in fp64, element by element: the same for vectors of any width.
+// A group of fp64 sums, added to element by element: the order is the same for vectors of any width.
+struct WideGroup {
+    double part[kGroup] = {};
+
+    void add(const Group& group) {
+        alignas(64) float x[kGroup];
+        std::memcpy(x, &group, sizeof x);
+#pragma omp simd
+        for (int64_t j = 0; j < kGroup; j++) part[j] += double(x[j]);
+    }
+
+    double sum() const {
+        double total = 0;
+        for (double x : part) total += x;
+        return total;
+    }
+};
+
+// The sum of a group in fp64, likewise.
 double sum(const Group& group) {
     alignas(64) float x[kGroup];
     std::memcpy(x, &group, sizeof x);
@@ -612,19 +630,21 @@ std::vector<double> sums_over_chunks(const Merge& merge, int64_t width, int64_t 
 std::vector<double> ratios(const Merge& merge, const Trim* trims, bool hash_inputs) {
     const auto add = [&](int64_t begin, int64_t n, float*, double* sums) {
         for (int64_t i = 0; i < merge.count; i++) {
-            Group before{}, after{};  // chains of as many sums in fp32 as a block has groups
+            WideGroup before, after;
             for (int64_t j = 0; j < n; j += kGroup) {
-                Group base, x;
+                Group base, x, size;
                 read(merge.base, begin + j, n - j, base);
                 read(merge.models[i], begin + j, n - j, x);
 #pragma GCC unroll 16
-                for (int c = 0; c < kParts; c++) before.part[c] += (Floats)magnitudes(x.part[c] - base.part[c]);
+                for (int c = 0; c < kParts; c++) size.part[c] = (Floats)magnitudes(x.part[c] - base.part[c]);
+                before.add(size);
                 trim_group(trims[i], base, begin + j, x);
 #pragma GCC unroll 16
-                for (int c = 0; c < kParts; c++) after.part[c] += (Floats)magnitudes(x.part[c]);
+                for (int c = 0; c < kParts; c++) size.part[c] = (Floats)magnitudes(x.part[c]);
+                after.add(size);
             }
-            sums[2 * i] += sum(before);
-            sums[2 * i + 1] += sum(after);
+            sums[2 * i] += before.sum();
+            sums[2 * i + 1] += after.sum();
         }
     };
     const std::vector<double> sums = sums_over_chunks(merge, 2 * merge.count, merge.count, hash_inputs, add);
