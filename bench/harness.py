@@ -18,8 +18,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -72,6 +74,7 @@ class Case:
     check: Callable[[Any, Any], str | None] | None = None
     roofs: dict[str, Roof] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
+    calls: int = 1  # that a provider's thunk makes, each with its own copy of the inputs; its time is that of one
 
     @property
     def reference(self) -> str:
@@ -80,7 +83,7 @@ class Case:
 
 
 class Clock(Protocol):
-    """What measures."""
+    """What measures. A thunk's attribute `before`, where it has one, is called before every call, untimed."""
 
     def seconds(self, thunk: Thunk, repeats: int) -> float:
         """Seconds that `repeats` calls take."""
@@ -95,10 +98,11 @@ class CpuClock:
 
     def seconds(self, thunk: Thunk, repeats: int) -> float:
         """Seconds that `repeats` calls take."""
-        total, (pieces, calls) = 0.0, (repeats, 1) if self.flush else (1, repeats)
+        untimed = _untimed(thunk, self.flush)
+        total, (pieces, calls) = 0.0, (repeats, 1) if untimed else (1, repeats)
         for _ in range(pieces):
-            if self.flush:
-                self.flush()
+            for call in untimed:
+                call()
             begin = self.now()
             for _ in range(calls):
                 thunk()
@@ -114,17 +118,22 @@ class CudaClock:
 
     def seconds(self, thunk: Thunk, repeats: int) -> float:
         """Seconds that `repeats` calls take."""
-        pieces, calls = (repeats, 1) if self.flush else (1, repeats)
+        untimed = _untimed(thunk, self.flush)
+        pieces, calls = (repeats, 1) if untimed else (1, repeats)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(pieces)]
         for begin, end in events:
-            if self.flush:
-                self.flush()
+            for call in untimed:
+                call()
             begin.record()
             for _ in range(calls):
                 thunk()
             end.record()
         torch.cuda.synchronize()
         return sum(begin.elapsed_time(end) for begin, end in events) / 1000
+
+
+def _untimed(thunk: Thunk, flush: Thunk | None) -> list[Thunk]:
+    return [call for call in (getattr(thunk, "before", None), flush) if call]
 
 
 def make_clock(device: str = "cpu", *, cold: bool = False, cpu_time: bool = False) -> Clock:
@@ -135,17 +144,34 @@ def make_clock(device: str = "cpu", *, cold: bool = False, cpu_time: bool = Fals
     return CpuClock(flush, time.process_time if cpu_time else time.perf_counter)
 
 
-def graphed(thunk: Thunk) -> Thunk:
-    """The thunk captured as a CUDA graph: no launch time of the host is left in it."""
-    stream = torch.cuda.Stream()
+@cache
+def _capture_stream() -> Any:
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def on_capture_stream() -> Iterator[None]:
+    """Forwards whose backward alone may be captured: autograd runs a backward on the stream that its forward ran on."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    stream = _capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        thunk()
+        yield
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+
+def graphed(thunk: Thunk) -> Thunk:
+    """The thunk captured as a CUDA graph: no launch time of the host is left in it."""
+    with on_capture_stream():
         thunk()
-    return graph.replay
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=_capture_stream()):
+        thunk()
+    replay = partial(graph.replay)
+    vars(replay).update(vars(thunk))  # `before`, `figures`
+    return replay
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> dict[str, float | None]:
@@ -197,7 +223,7 @@ def run(
                 del thunks[name], samples[name]
                 continue
             if turn >= 0:
-                samples[name][turn] = took * (case.roofs[name].scale if name in case.roofs else 1.0)
+                samples[name][turn] = took * (case.roofs[name].scale if name in case.roofs else 1 / case.calls)
     base = samples.get(case.reference)
     providers: dict[str, Any] = {}
     for name in (*case.providers, *case.roofs):
@@ -263,9 +289,15 @@ def _prepare(case: Case, graph: bool) -> tuple[dict[str, Thunk], dict[str, str]]
                 wrong = case.check(output, expected) if case.check else "the case has no check"
                 if wrong:
                     reasons[name] = f"no ratio: {wrong}"
-            thunks[name] = graphed(thunk) if graph else thunk
+            thunks[name] = thunk
         except Exception as error:
             reasons[name] = _reason(error)
+    for name, thunk in list(thunks.items()) if graph else []:  # now: it calls them, and some write to what was compared
+        try:
+            thunks[name] = graphed(thunk)
+        except Exception as error:
+            reasons[name] = _reason(error)
+            del thunks[name]
     for name, roof in case.roofs.items():
         thunks[name] = graphed(roof.setup()) if graph else roof.setup()
     return thunks, reasons

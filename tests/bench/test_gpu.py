@@ -3,11 +3,12 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from bench import gpu, gpu_ops
+from bench import gpu, gpu_ops, harness
 from bench.shapes import SHAPES
 from hyperllama.errors import HyperLlamaError
 from hyperllama.kernels.backend import use
@@ -20,10 +21,12 @@ TINY = replace(
 
 def test_correctness_comes_first_then_the_papers_shapes_where_targets_bind():
     order = gpu.cells()
-    assert len({cell.key for cell in order}) == len(order) == 13 + 13 * (4 * 3 * 3)
-    assert {cell.mode for cell in order[:13]} == {"correct"}
-    assert {(c.shape, c.tokens, c.mode) for c in order[13:39]} == {("180M", 65536, "cold"), ("572M", 65536, "cold")}
-    assert {cell.shape for cell in order[:247]} == {"180M", "572M"}
+    ops = len(gpu_ops.PROBLEMS)
+    assert len({cell.key for cell in order}) == len(order) == ops + ops * (4 * 3 * 3)
+    assert {cell.mode for cell in order[:ops]} == {"correct"}
+    binding = order[ops : 3 * ops]
+    assert {(c.shape, c.tokens, c.mode) for c in binding} == {("180M", 65536, "cold"), ("572M", 65536, "cold")}
+    assert {cell.shape for cell in order[: ops + 2 * 3 * 3 * ops]} == {"180M", "572M"}
 
 
 def test_it_goes_on_where_it_stopped_and_lists_the_rest(tmp_path):
@@ -58,8 +61,8 @@ def test_targets_bind_at_the_papers_shapes_and_are_told_elsewhere():
         return {(t.provider, t.against): t.least for t in gpu.targets(gpu.Cell(op, shape, tokens, mode), problem)}
 
     shares = {
-        "rms_norm": 0.92, "rms_norm backward": 0.88, "rope": 0.90, "glu": 0.93, "glu backward": 0.92, "adamw": 0.93,
-        "grow": 0.92, "merge_linear": 0.92,
+        "rms_norm": 0.92, "rms_norm backward": 0.88, "rope": 0.90, "rope backward": 0.90, "glu": 0.93, "glu backward": 0.92,
+        "softmax_gradient": 0.88, "adamw": 0.93, "grow": 0.92, "remap": 0.92, "merge_linear": 0.92,
     }  # fmt: skip
     for op, share in shares.items():
         assert asked(op)["triton", "copy"] == asked(op)["triton", "copy_triton"] == share
@@ -67,8 +70,11 @@ def test_targets_bind_at_the_papers_shapes_and_are_told_elsewhere():
         assert asked(op, "8B")["triton", "copy"] is None
     head = "linear_cross_entropy with backward"
     assert asked(head)["triton", "products"] == 1 / 1.15 and asked(head, "572M")["triton", "products"] == 1 / 1.10
-    assert asked("attention")["triton", "flash_attn_3"] == 0.80 and asked("attention")["auto", "flash_attn_3"] == 0.98
-    assert asked("attention with backward")["triton", "sdpa_cudnn"] == 0.75
+    assert asked("attention")["triton", "flash_attn_3"] == 0.80
+    assert asked("attention backward")["triton", "sdpa_cudnn"] == 0.75
+    both = asked("attention with backward")
+    assert both["auto", "flash_attn_3"] == 0.98 and both["triton", "flash_attn_3"] is None
+    assert asked("adamw")["triton", "torch fused"] == 1.0
     assert asked("rms_norm", tokens=2048)["triton", "liger"] == 1.0
 
 
@@ -81,7 +87,9 @@ def test_traffic_and_flops_are_those_of_the_definitions():
     head = made["linear_cross_entropy with backward"]
     assert (head.flops, head.bytes) == (6 * t * v * h, 4 * t * v)
     assert made["attention"].flops == 2 * t * 2048 * 576
+    assert made["attention backward"].flops == 2.5 * made["attention"].flops
     assert made["attention with backward"].flops == 3.5 * made["attention"].flops
+    assert made["softmax_gradient"].bytes == 4 * 8192 * v + 13 * 8192
     assert made["adamw"].bytes == 30 * t * h
     assert made["merge_linear"].bytes == 12 * t * h and made["grow"].bytes == 10 * t * h
 
@@ -91,17 +99,60 @@ def test_every_problem_runs_and_its_plain_torch_is_the_same_op(op, monkeypatch):
     monkeypatch.setattr(gpu_ops, "SEQ_LEN", 32)
     problem = gpu_ops.PROBLEMS[op](TINY, 64)
     inputs = problem.inputs("cpu")
-    call = problem.peers["sdpa"] if op in gpu.ATTENTION_LEAST else problem.call
-    copies = [[x.clone() for x in inputs] for _ in range(2)]
-    with use("reference"):  # attention names its backend itself
-        outputs = gpu.flat(call(*copies[0]))
+    outputs = gpu.outputs_of(problem, gpu.clones(inputs), "reference")
     assert outputs and all(torch.isfinite(x).all() for x in outputs)
     if problem.plain is not None:
-        assert gpu.close(problem.plain(*copies[1]), outputs) is None
+        assert gpu.close(problem.plain(*gpu.clones(inputs)), outputs) is None
         assert gpu.close([2 * x for x in outputs], outputs) is not None
     if not problem.in_place and op not in gpu.ATTENTION_LEAST:
         held = sum(x.nbytes for x in [*inputs, *outputs])
         assert problem.bytes == pytest.approx(held, rel=0.3)
+
+
+@pytest.mark.parametrize("op", ["attention", "attention backward", "attention with backward", "adamw"])
+def test_peers_that_are_torchs_own_do_the_same(op, monkeypatch):
+    monkeypatch.setattr(gpu_ops, "SEQ_LEN", 32)
+    problem = gpu_ops.PROBLEMS[op](TINY, 64)
+    inputs = problem.inputs("cpu")
+    expected = gpu.outputs_of(problem, gpu.clones(inputs), "reference")
+    peer = problem.peers["torch fused" if op == "adamw" else "auto"]
+    once = gpu_ops.timed(peer, gpu.clones(inputs))
+    assert gpu.close(once(), expected) is None and len(gpu.flat(once())) == len(expected)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "softmax_gradient", "embedding backward"])
+def test_every_way_of_timing_runs_and_compares(op, monkeypatch):
+    """On the CPU's clock, ours being plain torch here; a cold call goes round clones, whose outputs are not one memory."""
+    monkeypatch.setattr(gpu_ops, "SEQ_LEN", 32)
+    monkeypatch.setitem(SHAPES, "180M", TINY)
+    monkeypatch.setattr(gpu, "FLUSH_BYTES", 1 << 16)
+    monkeypatch.setattr(gpu, "use", lambda backend: use("reference"))
+    monkeypatch.setattr(gpu, "copy_roofs", lambda traffic, mode: {})
+    monkeypatch.setattr(gpu, "targets", lambda cell, problem: ())
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    for mode, at_least in (("cold", 2), ("warm", 1)):
+        case = gpu.case_of(gpu.Cell(op, "180M", 64, mode), "cpu")
+        assert case.calls >= at_least and (mode == "cold" or case.calls == 1)
+        found = harness.run(case, rounds=6, min_sample=0)["providers"]
+        assert found["triton"]["reason"] is None and found["compiled"]["ratio"], found
+    assert gpu.missing([{"providers": found}]) == (
+        ["liger_kernel", "quack"] if op == "rms_norm" else ["liger_kernel"] if op == "softmax_gradient" else []
+    )
+
+
+@pytest.mark.parametrize("op", gpu_ops.PROBLEMS)
+def test_correctness_is_asked_of_every_dtype(op, monkeypatch):
+    """Ours being plain torch here: it is right, and the same twice."""
+    monkeypatch.setattr(gpu_ops, "SEQ_LEN", 32)
+    monkeypatch.setitem(SHAPES, "180M", TINY)
+    monkeypatch.setattr(gpu, "outputs_of", partial(_as_reference, gpu.outputs_of))
+    found = gpu.correct(gpu.Cell(op, "180M", 64, "correct"), "cpu")
+    assert found["right"] and found["same_bits"]
+    assert {row["dtype"] for row in found["outputs"]} == {"bfloat16", "float16", "float32"}
+
+
+def _as_reference(original, problem, inputs, backend):
+    return original(problem, inputs, "reference")
 
 
 def test_it_imports_nothing_that_a_bare_gpu_machine_lacks():
