@@ -62,9 +62,27 @@ class Allowed:
     rule: str  # spills, narrow
     reason: str
     target: str | None = None
+    triton: str | None = None  # version; None: all
 
 
 ALLOWED: tuple[Allowed, ...] = (
+    *(
+        Allowed(
+            "rms_norm._backward_kernel",
+            "spills",
+            "two registers: this version's assembler settles for 128 of the 168 that three programs leave; 3.9's takes 155 to 168",
+            target=target,
+            triton="3.6.0",
+        )
+        for target in ("sm_80", "sm_100")
+    ),
+    Allowed(
+        "attention_triton._dkv_kernel",
+        "spills",
+        "32 bytes, in fp32 alone, which is for tests and small models: all 256 registers, 240 in 3.9",
+        target="gfx942",
+        triton="3.6.0",
+    ),
     Allowed(
         "embedding._join_kernel",
         "narrow",
@@ -232,7 +250,12 @@ def _share(figures: Figures) -> float:
 
 def allowed(build: Build, rule: str) -> bool:
     """Whether an exception is listed."""
-    return any((a.kernel, a.rule) == (build.kernel, rule) and a.target in (None, build.target) for a in ALLOWED)
+    return any(
+        (a.kernel, a.rule) == (build.kernel, rule)
+        and a.target in (None, build.target)
+        and a.triton in (None, triton.__version__)
+        for a in ALLOWED
+    )
 
 
 def unreached(builds: Iterable[Build]) -> list[str]:

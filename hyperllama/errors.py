@@ -11,6 +11,10 @@ class HyperLlamaError(Exception):
     """
 
 
+class WrongIndex(HyperLlamaError, IndexError):
+    """A token id, target or position outside its table; on a GPU told when the device is next waited for."""
+
+
 class Stopped(Exception):
     """A signal stopped the work after its state was saved; the message says how to go on.
 

@@ -230,7 +230,7 @@ def adamw(
     if rounding is not None and (master.dtype != torch.bfloat16 or m.dtype != torch.float32 or weights is not None):
         raise ValueError("adamw: rounding is for bf16 masters that are the weights, with fp32 grad, m and v")
     if groups is not None and (
-        groups.dtype != torch.uint8 or len(groups) != -(-master.numel() // LINE)
+        groups.dtype != torch.uint8 or groups.shape != (-(-master.numel() // LINE),) or not groups.is_contiguous()
         or scales is None or scales.dtype != m.dtype or scales.dim() != 2 or scales.shape[1] != 3
     ):  # fmt: skip
         raise ValueError("adamw: groups is a uint8 for every 128 elements, scales (groups, 3) in the moments' dtype")

@@ -35,6 +35,7 @@ from hyperllama.kernels.backend import (
     choose,
     csrc,
     define,
+    floating,
     library,
     pointer,
     same_device,
@@ -270,7 +271,9 @@ def attention(
     """
     if backend not in ("auto", *BACKENDS):
         raise HyperLlamaError(f"attention backend {backend!r} is not available; available: auto, {', '.join(BACKENDS)}")
-    if qkv.dim() != 3 or num_heads % num_kv_heads or qkv.shape[2] % (num_heads + 2 * num_kv_heads):
+    floating("attention", qkv=qkv)
+    heads = min(num_heads, num_kv_heads) > 0 and num_heads % num_kv_heads == 0
+    if not heads or qkv.dim() != 3 or qkv.shape[2] % (num_heads + 2 * num_kv_heads):
         raise ValueError(f"attention: qkv is {tuple(qkv.shape)} for {num_heads} query and {num_kv_heads} kv heads")
     if cu_seqlens is not None:
         same_device("attention", qkv=qkv, cu_seqlens=cu_seqlens)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperllama.errors import HyperLlamaError
+from hyperllama.errors import HyperLlamaError, WrongIndex
 from hyperllama.kernels.native import FORCED as _forced
 from hyperllama.kernels.native import csrc, library
 
@@ -126,6 +126,13 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         raise ValueError(f"{op}: {', '.join(f'{name} is on {device}' for name, device in devices.items())}")
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError, naming `op` and the tensors, unless all hold floating-point numbers."""
+    wrong = [f"{name} is {t.dtype}" for name, t in tensors.items() if t is not None and not t.is_floating_point()]
+    if wrong:
+        raise ValueError(f"{op}: {', '.join(wrong)}; floating-point numbers were expected")
 
 
 def choose(
@@ -249,7 +256,7 @@ def wrong_index_flag(x: Tensor) -> Tensor:
 
 
 def check_indices(device: torch.device) -> None:
-    """Raise IndexError, naming the op, when a kernel has met a wrong index on `device` since the last call; waits for it.
+    """Raise WrongIndex, naming the op, when a kernel has met a wrong index on `device` since the last call; waits for it.
 
     The wrong ones did no harm: an unknown id or target takes no part, a position beyond the tables is turned by their last.
     """
@@ -257,7 +264,7 @@ def check_indices(device: torch.device) -> None:
     bits = 0 if flag is None else int(flag)
     if flag is not None and bits:
         flag.zero_()
-        raise IndexError("; ".join(text for bit, text in WRONG_INDEX.items() if bits & bit))
+        raise WrongIndex("; ".join(text for bit, text in WRONG_INDEX.items() if bits & bit))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hyperllama.errors import WrongIndex
 from hyperllama.kernels.backend import (
     Differentiable,
     choose,
     constexpr,
     csrc,
     define,
+    floating,
     forced,
     jit,
     pointer,
@@ -36,7 +38,10 @@ from hyperllama.kernels.backend import (
 
 def embedding_reference(ids: Tensor, weight: Tensor) -> Tensor:
     """W[ids]; plain torch."""
-    return functional.embedding(ids, weight)
+    try:
+        return functional.embedding(ids, weight)
+    except IndexError:  # torch's sentence on a CPU names nothing
+        raise WrongIndex(f"embedding: an id is outside the vocabulary of {weight.shape[0]} tokens") from None
 
 
 def embedding_backward_reference(grad: Tensor, ids: Tensor, dy: Tensor, deterministic: bool) -> None:
@@ -199,7 +204,7 @@ def _embedding_backward_csrc(grad: Tensor, ids: Tensor, dy: Tensor, deterministi
         int(dy.dtype == torch.bfloat16), pointer(grad), pointer(ids), pointer(dy), c_int64(ids.numel()),
         c_int64(grad.shape[0]), c_int64(grad.shape[1]), torch.get_num_threads(),
     ):  # fmt: skip
-        raise IndexError(f"embedding: an id is outside the vocabulary of {grad.shape[0]} tokens")
+        raise WrongIndex(f"embedding: an id is outside the vocabulary of {grad.shape[0]} tokens")
 
 
 # ---- the op
@@ -210,6 +215,12 @@ def _look_up(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def _backward(grad: Tensor, ids: Tensor, dy: Tensor, deterministic: bool = True) -> None:
+    if grad.dim() != 2 or dy.shape != (*ids.shape, grad.shape[1]) or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"embedding_backward: grad is {tuple(grad.shape)}, ids {tuple(ids.shape)} {ids.dtype}, dy {tuple(dy.shape)}; "
+            "expected (V, D), int64 (...), (..., D)"
+        )
+    same_device("embedding_backward", grad=grad, ids=ids, dy=dy)
     fits = grad.dtype == torch.float32 and grad.is_contiguous() and ids.dtype == torch.int64
     kernels = {"triton": _embedding_backward_triton, "csrc": _embedding_backward_csrc} if fits else {}
     choose({"reference": embedding_backward_reference} | kernels, dy)(grad, ids, dy, deterministic)
@@ -272,10 +283,13 @@ def embedding(ids: Tensor, weight: Tensor, *, main_grad: Tensor | None = None, d
     """Rows of weight (V, D) for ids (B, T): (B, T, D); `main_grad` (V, D) fp32 receives the weight's gradient in place.
 
     Without `deterministic`, a GPU adds gradients of one id in any order. Raises ValueError when shapes, dtypes or devices do not
-    fit. An id outside the vocabulary raises IndexError: at once on a CPU, from `check_indices` on a GPU, where its row is zeros.
+    fit. An id outside the vocabulary raises WrongIndex: at once on a CPU, from `check_indices` on a GPU, where its row is zeros.
     """
-    if weight.dim() != 2 or ids.is_floating_point():
-        raise ValueError(f"embedding: ids are {ids.dtype}, weight {tuple(weight.shape)}; expected integers and (V, D)")
+    floating("embedding", weight=weight)
+    if weight.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"embedding: ids are {ids.dtype}, weight {tuple(weight.shape)}; expected int64 (int32) and (V, D)"
+        )
     if main_grad is not None and (main_grad.shape != weight.shape or main_grad.dtype != wide(weight.dtype)):
         raise ValueError(
             f"embedding: main_grad is {tuple(main_grad.shape)} {main_grad.dtype}, weight {tuple(weight.shape)} {weight.dtype}"

@@ -22,6 +22,7 @@ from hyperllama.kernels.backend import (
     constexpr,
     csrc,
     define,
+    floating,
     jit,
     pointer,
     same_device,
@@ -251,6 +252,7 @@ def glu_backward(dy: Tensor, gate_up: Tensor, activation: str, *, out: Tensor | 
 
 
 def _check(gate_up: Tensor, activation: str) -> None:
+    floating("glu", gate_up=gate_up)
     if activation not in ACTIVATIONS or gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(
             f"glu: activation {activation!r} on {tuple(gate_up.shape)}; one of {', '.join(ACTIVATIONS)}, even width"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperllama.kernels.adamw import LINE, scale_of_elements
-from hyperllama.kernels.backend import choose, constexpr, csrc, define, jit, pointer, tl
+from hyperllama.kernels.backend import choose, constexpr, csrc, define, floating, jit, pointer, same_device, tl
 
 CHUNK = 1 << 20  # elements converted to fp64 at a time
 
@@ -104,6 +104,13 @@ def _grad_norm_csrc(grad: Tensor, groups: Tensor | None, weights: Tensor | None)
 
 
 def _run(grad: Tensor, groups: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    if groups is not None and (
+        groups.dtype != torch.uint8 or groups.shape != (-(-grad.numel() // LINE),) or not groups.is_contiguous()
+        or weights is None or weights.dtype != torch.float64 or weights.dim() != 1 or not weights.is_contiguous()
+    ):  # fmt: skip
+        raise ValueError("grad_norm: groups is a uint8 for every 128 elements, weights a vector of fp64")
+    floating("grad_norm", grad=grad)
+    same_device("grad_norm", grad=grad, groups=groups, weights=weights)
     fits = grad.dtype == torch.float32 and grad.is_contiguous()
     kernels = {"triton": _grad_norm_triton, "csrc": _grad_norm_csrc} if fits else {}
     return choose({"reference": grad_norm_reference} | kernels, grad)(grad, groups, weights)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hyperllama.kernels import raw
-from hyperllama.kernels.backend import choose, constexpr, define, jit, tl, wide
+from hyperllama.kernels.backend import choose, constexpr, define, floating, jit, same_device, tl, wide
 from hyperllama.kernels.counter import signed, uniform, uniform_pair_triton
 from hyperllama.kernels.raw import check_noise, half_range
 
@@ -213,8 +213,13 @@ def grow(source: Tensor, row_copies: int, col_copies: int, *, noise_db: float | 
     """Tile a matrix (R, C) or vector (R,) to (p R, q C) and divide by q = `col_copies`; the dtype is kept.
 
     `noise_db` adds paired noise (at least 4.78 dB), drawn from the 64-bit `key`.
-    Raises HyperLlamaError when the noise would be too loud to keep the pairs' sums exact.
+    Raises HyperLlamaError when the noise would be too loud to keep the pairs' sums exact, ValueError for other copies or tensors.
     """
+    floating("grow", source=source)
+    if source.dim() not in (1, 2) or row_copies < 1 or col_copies < 1:
+        raise ValueError(
+            f"grow makes copies of a matrix or vector, not {row_copies} x {col_copies} of {tuple(source.shape)}"
+        )
     check_noise(noise_db)
     return _grow(source, row_copies, col_copies, noise_db, signed(key))
 
@@ -226,6 +231,8 @@ def remap(source: Tensor, rows: Tensor, cols: Tensor, scale: Tensor | None = Non
     are read on the host.
     Raises IndexError for an index outside of `source`, ValueError for other dtypes or shapes.
     """
+    floating("remap", source=source)
+    same_device("remap", source=source, rows=rows, cols=cols, scale=scale)
     if source.dim() != 2 or any(index.dim() != 1 or index.dtype != torch.int64 for index in (rows, cols)):
         raise ValueError("remap takes a matrix and int64 vectors of rows and columns")
     if scale is not None and (scale.shape != cols.shape or scale.dtype not in (torch.float32, wide(source.dtype))):

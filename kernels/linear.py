@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hyperllama.kernels.backend import choose, csrc, pointer
+from hyperllama.kernels.backend import choose, csrc, pointer, wide
 from hyperllama.kernels.native import cpu_vendor
 
 # dtypes whose dW is summed in C++; on other CPUs than have been measured it stays torch's
@@ -96,5 +96,12 @@ class _Accumulating(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, *, main_grad: Tensor | None = None) -> Tensor:
-    """x (..., K) times the transpose of weight (N, K); `main_grad` (N, K) fp32 receives the weight's gradient in place."""
+    """x (..., K) times the transpose of weight (N, K); `main_grad` (N, K) fp32 receives the weight's gradient in place.
+
+    Raises ValueError when main_grad does not fit.
+    """
+    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.dtype != wide(weight.dtype)):
+        raise ValueError(
+            f"linear: main_grad is {tuple(main_grad.shape)} {main_grad.dtype}, weight {tuple(weight.shape)} {weight.dtype}"
+        )
     return functional.linear(x, weight) if main_grad is None else _Accumulating.apply(x, weight, main_grad)

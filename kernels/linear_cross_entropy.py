@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperllama.errors import WrongIndex
 from hyperllama.kernels.backend import (
     LIBRARY,
     choose,
     constexpr,
     csrc,
     define,
+    floating,
     gpu_of,
     jit,
     pointer,
@@ -213,7 +215,7 @@ def _softmax_gradient_csrc(
             torch.get_num_threads(),
         )  # fmt: skip
     if wrong.value:
-        raise IndexError(f"linear_cross_entropy: a target is outside the vocabulary of {logits.shape[1]} tokens")
+        raise WrongIndex(f"linear_cross_entropy: a target is outside the vocabulary of {logits.shape[1]} tokens")
     return losses, correct, logits
 
 
@@ -335,10 +337,10 @@ def linear_cross_entropy(
     `correct` (N,) bool whether no logit is larger than the target's; neither has a gradient.
     Returns a scalar in fp32 (fp64). With `main_grad` (V, D) fp32 the weight's gradient is added to it in the forward; then
     `loss_weight` must hold the whole scale, as the upstream gradient is taken to be 1, and a second backward raises.
-    Raises ValueError when shapes, dtypes or devices do not fit. A target outside the vocabulary raises IndexError: at once on a
+    Raises ValueError when shapes, dtypes or devices do not fit. A target outside the vocabulary raises WrongIndex: at once on a
     CPU, from `check_indices` on a GPU, where it is left out.
     """
-    _check(x, weight, targets, main_grad, losses, correct)
+    _check(x, weight, targets, valid_vocab, main_grad, losses, correct)
     options = (loss_weight, logit_scale, valid_vocab, ignore_index, z_loss, chunk_bytes)
     if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         each, hits, _ = _forward_backward(x, weight, targets, None, *options)
@@ -359,16 +361,17 @@ def token_losses(
     ignore_index: int = -100, z_loss: float = 0.0, chunk_bytes: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of every target (N,), fp32 (fp64) in nats; 0 where it is ignored. No gradients."""
-    _check(x, weight, targets)
+    _check(x, weight, targets, valid_vocab)
     return _forward_backward(
         x, weight, targets, None, 1.0, logit_scale, valid_vocab, ignore_index, z_loss, chunk_bytes
     )[0]
 
 
 def _check(
-    x: Tensor, weight: Tensor, targets: Tensor, main_grad: Tensor | None = None, losses: Tensor | None = None,
-    correct: Tensor | None = None,
+    x: Tensor, weight: Tensor, targets: Tensor, valid_vocab: int | None, main_grad: Tensor | None = None,
+    losses: Tensor | None = None, correct: Tensor | None = None,
 ) -> None:  # fmt: skip
+    floating("linear_cross_entropy", x=x, weight=weight)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(
             f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}; "
@@ -379,6 +382,8 @@ def _check(
             f"linear_cross_entropy: x is {x.dtype}, weight {weight.dtype}, targets {targets.dtype}; "
             "expected one dtype and int64 targets"
         )
+    if valid_vocab is not None and not 1 <= valid_vocab <= weight.shape[0]:
+        raise ValueError(f"linear_cross_entropy: valid_vocab is {valid_vocab}, expected 1 to {weight.shape[0]}")
     wanted = {"main_grad": (main_grad, weight.shape, wide(x.dtype)), "losses": (losses, targets.shape, wide(x.dtype))}
     for name, (buffer, shape, dtype) in (wanted | {"correct": (correct, targets.shape, torch.bool)}).items():
         if buffer is not None and (buffer.shape != shape or buffer.dtype != dtype):

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import choose, define, pointer
+from hyperllama.kernels.backend import choose, define, pointer, same_device
 from hyperllama.kernels.counter import signed, uniform
 from hyperllama.kernels.merge_triton import gram_triton, linear_triton, task_vectors_triton
 from hyperllama.kernels.raw import RESCALE, SMALLEST_DIVISOR, Calls, Raw, Target, task_divisor
@@ -59,6 +59,7 @@ def _check(tensors: Sequence[Tensor], *columns: Sequence[float]) -> None:
         raise ValueError(f"expected one number per tensor, got {len(tensors)} and {[len(c) for c in columns]}")
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
         raise ValueError(f"tensors to merge must have one shape, got {[tuple(tensor.shape) for tensor in tensors]}")
+    same_device("merge", **{f"tensor {i}": tensor for i, tensor in enumerate(tensors)})
 
 
 def _check_trim(tensors: Sequence[Tensor], densities: Sequence[float], keys: Sequence[int], rescale: str) -> None:

@@ -17,7 +17,20 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from hyperllama.kernels.backend import Differentiable, choose, constexpr, csrc, define, gpu_of, jit, pointer, tl, wide
+from hyperllama.kernels.backend import (
+    Differentiable,
+    choose,
+    constexpr,
+    csrc,
+    define,
+    floating,
+    gpu_of,
+    jit,
+    pointer,
+    same_device,
+    tl,
+    wide,
+)
 
 # ---- reference
 
@@ -249,13 +262,19 @@ def rms_norm(
     """Norm x (..., D), or x + residual, by its root mean square and scale it by weight (D,).
 
     Returns y, or (y, x + residual) when a residual is given. `main_grad` (D,) fp32 receives the weight's gradient in
-    place. Raises ValueError when shapes or dtypes do not fit.
+    place. Raises ValueError when shapes, dtypes or devices do not fit.
     """
+    floating("rms_norm", x=x)
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
         raise ValueError(f"rms_norm: weight is {tuple(weight.shape)} {weight.dtype}, x is {tuple(x.shape)} {x.dtype}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}"
         )
+    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.dtype != wide(weight.dtype)):
+        raise ValueError(
+            f"rms_norm: main_grad is {tuple(main_grad.shape)} {main_grad.dtype}, weight {tuple(weight.shape)} {weight.dtype}"
+        )
+    same_device("rms_norm", x=x, weight=weight, residual=residual, main_grad=main_grad)
     y, stream, _ = _rms_norm(x, residual, weight, eps, main_grad=main_grad)
     return y if residual is None else (y, stream)

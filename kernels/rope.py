@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hyperllama.errors import WrongIndex
 from hyperllama.kernels.backend import (
     Differentiable,
     choose,
     constexpr,
     csrc,
     define,
+    floating,
     forced,
     jit,
     pointer,
@@ -159,7 +161,7 @@ def _rope_csrc(
         c_int64(rotated), int(inverse), byref(wrong), torch.get_num_threads(),
     )  # fmt: skip
     if wrong.value:
-        raise IndexError(f"rope: a position is outside the tables of {cos.shape[0]} positions")
+        raise WrongIndex(f"rope: a position is outside the tables of {cos.shape[0]} positions")
 
 
 # ---- the op
@@ -237,7 +239,7 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, num_he
     """Rotate the queries and keys of a packed qkv (B, T, (n + 2k) h) by their positions; values pass through.
 
     Raises ValueError when shapes, dtypes or devices do not fit, or the tables are shorter than the window. A position outside
-    the tables raises IndexError: at once on a CPU, from `check_indices` on a GPU.
+    the tables raises WrongIndex: at once on a CPU, from `check_indices` on a GPU.
     """
     _check(qkv, cos, sin, positions, num_heads, num_kv_heads)
     return _rope(qkv, cos, sin, positions, num_heads + num_kv_heads, False)
@@ -257,6 +259,9 @@ def rope_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, num_h
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, num_heads: int, num_kv_heads: int) -> None:
+    floating("rope", qkv=qkv)
+    if cos.dim() != 2:
+        raise ValueError(f"rope: cos is {tuple(cos.shape)}, expected (positions, half a head)")
     width = (num_heads + 2 * num_kv_heads) * 2 * cos.shape[1]
     if qkv.dim() != 3 or qkv.shape[2] != width or (positions is None and qkv.shape[1] > cos.shape[0]):
         raise ValueError(f"rope: qkv is {tuple(qkv.shape)}, expected (B, T <= {cos.shape[0]}, {width})")
