@@ -17,7 +17,7 @@ from hyperllama.checkpoint import Checkpointer, adam_v, checkpoints, export_mode
 from hyperllama.companions import ADAM_V, TOKEN_COUNTS, token_counts
 from hyperllama.config import RunConfig, read_yaml
 from hyperllama.data.loader import Loader, micro_batches, nothing
-from hyperllama.errors import Diverged, HyperLlamaError, Stopped
+from hyperllama.errors import Diverged, HyperLlamaError, Stopped, WrongIndex
 from hyperllama.files import read_json, write_json, write_text
 from hyperllama.flops import Ledger, window_flops
 from hyperllama.kernels.adamw import adamw
@@ -61,6 +61,8 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
                 keep_freed_blocks()
             try:
                 return _train(plan, mine, label or config.name, attention, quiet=quiet or not mine.is_main)
+            except WrongIndex as error:
+                raise HyperLlamaError(_wrong_index(error, plan)) from None
             finally:
                 give_back_freed_blocks()
 
@@ -261,6 +263,16 @@ def _warn_of_symmetry(run: State, say: Events) -> None:
             "the model is a clone whose copies are equal, and deterministic arithmetic keeps them equal for ever: it can "
             "learn only what the smaller model could; grow.noise_db (or hyperllama grow --noise-db) makes them differ",
         )
+
+
+def _wrong_index(error: WrongIndex, plan: Plan) -> str:
+    """What a run says whose batches hold what the model's tables do not; nothing made from them has been saved."""
+    shards = ", ".join(str(source.shards.path) for source in plan.mixture.sources)
+    return (
+        f"{error}: ids 0 to {plan.model.vocab_size - 1} and positions 0 to {plan.config.data.seq_len - 1} were expected, as "
+        f"{plan.config.tokenizer} and {shards} promise; check them with hyperllama data inspect, or build the shards again with "
+        f"this tokenizer. The same command {_next_start(Path(plan.config.out))}"
+    )
 
 
 def _farewell(saver: Checkpointer, out: Path, step: int, steps: int) -> str:

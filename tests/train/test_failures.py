@@ -13,7 +13,10 @@ import pytest
 import torch
 import yaml
 
+from hyperllama import cli
+from hyperllama.data.loader import Loader
 from hyperllama.errors import Diverged
+from hyperllama.kernels.backend import wrong_index_flag
 from hyperllama.train import loop
 from hyperllama.train.loop import clip_or_skip, train
 from tests.study import run_config, settings
@@ -54,6 +57,49 @@ def test_a_clip_of_zero_stands_for_what_is_not_finite():
         (2.0, float("inf"), 1.0, 0.0),
     ]:
         assert clip_or_skip(torch.tensor(loss), torch.tensor(norm), limit).item() == pytest.approx(expected)
+
+
+def flag_on_device(monkeypatch):
+    """As a GPU's kernel tells: into the device's flag, read when the host next waits."""
+
+    def norm(grad, *groups, real=loop.grad_norm):
+        wrong_index_flag(grad).fill_(2)
+        return real(grad, *groups)
+
+    monkeypatch.setattr(loop, "grad_norm", norm)
+
+
+def ids_in_batch(monkeypatch):
+    """As C++ tells: at once."""
+
+    def batch(loader, *arguments, real=Loader.batch):
+        found = real(loader, *arguments)
+        found.ids[0, 0] = found.targets[0, 0] = 1 << 20
+        return found
+
+    monkeypatch.setattr(Loader, "batch", batch)
+
+
+@pytest.mark.parametrize("tell", [flag_on_device, ids_in_batch])
+def test_an_id_outside_the_vocabulary_is_a_sentence_and_exit_code_2(tell, study, tmp_path, monkeypatch, capsys):
+    tell(monkeypatch)
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["hyperllama", "train", str(recipe(study, out, checkpoint={"every_steps": 1}))])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    [sentence] = [line for line in capsys.readouterr().err.splitlines() if "vocabulary" in line]
+    assert stopped.value.code == 2
+    for part in (
+        "ids 0 to 511",
+        f"positions 0 to {32 - 1}",
+        "tokenizer.model",
+        "eng",
+        "hyperllama data inspect",
+        "starts again",
+    ):
+        assert part in sentence
+    assert not (out / "model").exists() and not (out / "run.json").exists()
+    assert wrong_index_flag(torch.empty(0)).item() == 0
 
 
 @pytest.fixture
