@@ -66,6 +66,7 @@ def recipe(
     device: str,
     precision: str,
     log_every: int = 10,
+    cuda_graphs: bool = False,
 ) -> RunConfig:
     """A run at a constant rate over shards of random tokens in `folder`, which are made when they are missing."""
     random_shards(folder, model.vocab_size, model.max_position_embeddings)
@@ -85,6 +86,7 @@ def recipe(
         "device": device,
         "precision": precision,
         "log_every": log_every,
+        "cuda_graphs": cuda_graphs,
     }
     return validated(RunConfig, values, "the benchmark's recipe")
 
@@ -252,7 +254,7 @@ def same_work(output: Ask, expected: Ask) -> str | None:
 
 def throughput(
     name: str, model: ModelConfig, folder: Path, *, windows: int, micro: int, their_micro: int, steps: int, rounds: int,
-    device: str, compiled: bool = True, liger: bool = True, precision: str = "bf16",
+    device: str, compiled: bool = True, liger: bool = True, cuda_graphs: bool = False, precision: str = "bf16",
 ) -> Result:  # fmt: skip
     """Time whole optimizer steps of `windows` windows, ours and theirs in turns; the harness's result."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -274,14 +276,14 @@ def throughput(
     theirs = partial(their_run, settings(their_micro), steps, compiled, liger)
     providers = {
         "transformers": started(partial(theirs, False), False),
-        "ours": started(partial(our_run, settings(micro), steps), True),
+        "ours": started(partial(our_run, settings(micro, cuda_graphs=cuda_graphs), steps), True),
         **({"transformers bf16": started(partial(theirs, True), False)} if precision == "bf16" else {}),
     }
     seq_len = model.max_position_embeddings
     tokens = windows * seq_len * steps
     params: dict[str, int | float | str] = {
         "model": name, "tokens": tokens, "steps": steps, "micro_batch": micro, "their_micro_batch": their_micro,
-        "compiled": str(compiled), "liger": str(liger),
+        "compiled": str(compiled), "liger": str(liger), "cuda_graphs": str(cuda_graphs),
     }  # fmt: skip
     flops = windows * steps * window_flops(model, seq_len, "causal")
     case = Case("train", params, flops, 0, providers, same_work, targets=(Target("ours", "transformers", 1.5),))
@@ -376,7 +378,7 @@ def main() -> int:
             results.append(throughput(
                 name, model, Path(temporary) / name, windows=STEP_TOKENS // 2048, micro=arguments.micro,
                 their_micro=arguments.their_micro, steps=arguments.steps, rounds=arguments.rounds, device=device,
-                compiled=not arguments.no_compile, liger=not arguments.no_liger,
+                compiled=not arguments.no_compile, liger=not arguments.no_liger, cuda_graphs=arguments.cuda_graphs,
             ))  # fmt: skip
             save(arguments.out, device, results)
         save(arguments.out, device, results)

@@ -191,7 +191,9 @@ class Arena:
             self.own("weights").copy_(self.master)
 
     def bytes(self) -> int:
-        """Memory of all buffers, in bytes."""
+        """Memory of all buffers, in bytes; at its most where units come and go."""
+        if self.sharded:
+            return sharded_bytes(self.config, self.dtype, self.world)
         return arena_bytes(self.size, self.dtype, training=self.training, world=self.world)
 
 

@@ -14,6 +14,7 @@
           v
        mixture            global window i -> (source, window of that source)     mixture.py
           |  a pure function of (seed, i): weights kept, each window once per epoch
+          |  (the last step of a stage, where asked, as nanotron fills it: tail.py)
           v
        windows            i = 0 1 2 3 4 5 6 7 8 9 ...
           |  step s takes the windows [first, first + count); rank r a contiguous slice of them

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hyperllama.config import ModelConfig
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
 from hyperllama.kernels import attention_libraries
@@ -18,28 +19,37 @@ FILE = "attention.json"
 
 
 def attention_backend(plan: Plan, mine: Processes, *, quiet: bool) -> dict[str, Any]:
-    """The record for run.json: {"backend": name} and, where it was measured, every measurement.
+    """The record for run.json: {"backend": name} and, where it was measured, every measurement; "grown": that of the grown model.
 
     A resumed run goes on with what attention.json in its folder names. On a CPU, whose bits a clock must not decide, `auto`
     measures nothing. Raises HyperLlamaError for a backend that is not installed or can't run this model.
     """
-    config, model, file = plan.config, plan.model, Path(plan.config.out) / FILE
+    file = Path(plan.config.out) / FILE
+    known = read_json(file) if plan.config.attention == "auto" and mine.device.type != "cpu" and file.is_file() else {}
+    record = _choice(plan, plan.model, mine, known, quiet)
+    if plan.growth is not None:
+        record["grown"] = _choice(plan, plan.growth.model, mine, known.get("grown", {}), quiet)
+    return record
+
+
+def _choice(plan: Plan, model: ModelConfig, mine: Processes, known: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    """The record for one shape; `known`: what an earlier start of the run has found."""
+    config, file = plan.config, Path(plan.config.out) / FILE
     width = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     like = torch.empty(0, config.data.seq_len, width, dtype=plan.dtype, device=mine.device)
     documents = config.data.documents == "separate"
     borders = torch.zeros(1, dtype=torch.int32, device=mine.device) if documents else None
     if config.attention != "auto":
-        return {"backend": _able(config.attention, like, plan, borders, "attention")}
+        return {"backend": _able(config.attention, like, model, borders, "attention")}
     if mine.device.type == "cpu":
         return {"backend": unmeasured(like, model.num_heads, model.num_kv_heads, borders)}
-    if file.is_file():
-        record = read_json(file)
-        if record.get("backend") not in BACKENDS:
+    if known:
+        if known.get("backend") not in BACKENDS:
             raise HyperLlamaError(
-                f"{file}: backend is {record.get('backend')!r}; one of {', '.join(BACKENDS)} was expected"
+                f"{file}: backend is {known.get('backend')!r}; one of {', '.join(BACKENDS)} was expected"
             )
-        _able(record["backend"], like, plan, borders, str(file))
-        return record
+        _able(known["backend"], like, model, borders, str(file))
+        return {key: value for key, value in known.items() if key != "grown"}
     problem = Problem(
         config.micro_batch, config.data.seq_len, model.num_heads, model.num_kv_heads, model.head_dim, plan.dtype, mine.device,
         documents,
@@ -53,9 +63,9 @@ def attention_backend(plan: Plan, mine: Processes, *, quiet: bool) -> dict[str, 
     return {"backend": chosen, "measured": [row.to_json() for row in rows]}
 
 
-def _able(backend: str, like: torch.Tensor, plan: Plan, borders: torch.Tensor | None, where: str) -> str:
+def _able(backend: str, like: torch.Tensor, model: ModelConfig, borders: torch.Tensor | None, where: str) -> str:
     """`backend`, when it is there and can do this."""
-    if problem := obstacle(backend, like, plan.model.num_heads, plan.model.num_kv_heads, borders):
+    if problem := obstacle(backend, like, model.num_heads, model.num_kv_heads, borders):
         raise HyperLlamaError(f"{where}: attention backend {backend} {problem}")
     if backend in attention_libraries.LIBRARIES:
         attention_libraries.load(backend)

@@ -15,7 +15,7 @@ from torch import Tensor
 from hyperllama import __version__
 from hyperllama.checkpoint import Checkpointer, adam_v, checkpoints, export_model
 from hyperllama.companions import ADAM_V, TOKEN_COUNTS, token_counts
-from hyperllama.config import RunConfig, read_yaml
+from hyperllama.config import RunConfig, read_yaml, validated
 from hyperllama.data.loader import Loader, micro_batches, nothing
 from hyperllama.errors import Diverged, HyperLlamaError, Stopped, WrongIndex
 from hyperllama.files import read_json, write_json, write_text
@@ -31,7 +31,7 @@ from hyperllama.train.metrics import Events, Metrics, PlainProgress, device_name
 from hyperllama.train.parallel import whole_norm
 from hyperllama.train.plan import PLACING, WATCHING, Plan, make_plan
 from hyperllama.train.state import State
-from hyperllama.train.watch import Evaluation, Profile, open_logs
+from hyperllama.train.watch import Evaluation, Logs, Profile
 
 
 def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -> dict[str, Any]:
@@ -73,13 +73,15 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     screen = console()
     say = Events(out / "events.jsonl", screen, write=mine.is_main)
     mine.doing(0, "reading the newest checkpoint")
-    run = State.start(plan, mine, attention["backend"], say)
+    run = State.start(plan, mine, attention, say)
     _warn_of_symmetry(run, say)
     lr = torch.zeros((), device=mine.device)
     peak = peak_flops(device_name(mine.device), mine.world, plan.dtype)
-    logs = open_logs(config.log, config, run.ledger.run, run.step, write=mine.is_main)
-    metrics = Metrics(out / "metrics.jsonl", run.step, say, write=mine.is_main, logs=logs)
+    logs = Logs(config, run.ledger.run, run.step, write=mine.is_main)
+    metrics = Metrics(out / "metrics.jsonl", run.step, say, write=mine.is_main, log=logs)
     evaluation = Evaluation(config.evaluate, plan.tokenizer, seq_len, plan.steps, out)
+    if mine.is_main:
+        evaluation.forget(run.step)
     profile = Profile(config.profile, out, write=mine.is_main)
     tell = PlainProgress(screen, label, plan.steps, disable=quiet)
     saver = Checkpointer(out, config.checkpoint, mine, say)
@@ -108,8 +110,9 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
         return card
 
     with (
+        _StopRequest() as stop,  # first: an interrupt in the middle of a collection would be lost
+        logs,
         no_collections(),
-        _StopRequest() as stop,
         Loader(
             plan.mixture,
             config.global_batch,
@@ -308,9 +311,12 @@ def _check_same_inputs(path: Path, record: dict[str, Any], plan: Plan) -> None:
 def check_folder(plan: Plan) -> None:
     """Raise HyperLlamaError when `out` holds another run than the plan's, naming the first key that differs."""
     out, wanted = Path(plan.config.out), plan.config.model_dump(mode="json")
-    if not (out / "config.yaml").is_file():
+    file = out / "config.yaml"
+    if not file.is_file():
         return
-    stored = read_yaml(out / "config.yaml")
+    stored = validated(RunConfig, read_yaml(file), str(file)).model_dump(
+        mode="json"
+    )  # with what has come since, at its default
     for key in wanted:
         if key not in WATCHING | PLACING and stored.get(key) != wanted[key]:
             raise HyperLlamaError(

@@ -6,7 +6,7 @@ metrics.jsonl has one line a step. Every field but those under "time" is a pure 
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from io import FileIO
@@ -67,9 +67,9 @@ class Events:
 class Metrics:
     """Collects steps on the device, writes them when asked to: one host sync a flush, not a step.
 
-    A step whose loss or gradient norm is not finite was skipped (see `update_or_skip` in loop.py): its line says so, with null for
+    A step whose loss or gradient norm is not finite was skipped (see `clip_or_skip` in loop.py): its line says so, with null for
     both, and `say` names its windows. `skipped_in_a_row` counts such steps up to the last flush. What a full disk refuses is kept
-    and written with a later flush; until then `problem` says what is wrong. `logs` are given every line too.
+    and written with a later flush; until then `problem` says what is wrong. `log` is given every line too.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Metrics:
         say: Events,
         *,
         write: bool,
-        logs: Sequence[Callable[[dict[str, Any]], None]] = (),
+        log: Callable[[dict[str, Any]], None] | None = None,
     ):
-        self.path, self.say, self.logs = path, say, logs
+        self.path, self.say, self.log = path, say, log
         self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.last: dict[str, Any] = {}
         self.problem = ""
@@ -127,8 +127,8 @@ class Metrics:
                 if peak:
                     line["time"]["mfu"] = flops / seconds / peak
             self._unwritten += json.dumps(line).encode() + b"\n"
-            for log in self.logs:
-                log(line)
+            if self.log is not None:
+                self.log(line)
             self.last = line
         self.pending.clear()
         self._write()

@@ -33,7 +33,7 @@ class State:
 
     plan: Plan
     mine: Processes
-    attention: str  # its backend
+    attention: dict[str, Any]  # see train/attention.py
     whole: Arena
     arena: Arena
     model: Llama
@@ -50,7 +50,7 @@ class State:
     began: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def start(cls, plan: Plan, mine: Processes, attention: str, say: Events) -> "State":
+    def start(cls, plan: Plan, mine: Processes, attention: dict[str, Any], say: Events) -> "State":
         """From the newest checkpoint of the run's folder, else from a model folder or at random."""
         saved = newest(Path(plan.config.out), mine, say)
         windows = saved[1]["windows"] if saved else 0
@@ -171,15 +171,16 @@ class State:
 
 
 def _model(
-    plan: Plan, arena: Arena, mine: Processes, attention: str
+    plan: Plan, arena: Arena, mine: Processes, attention: dict[str, Any]
 ) -> tuple[Llama, Replicas | Shards, MicroStep, Groups | None]:
     """The model over an arena, its exchange with other processes, its micro-step, and the groups that its parameters update in."""
     growth, config = plan.growth, plan.config
     exact = growth is not None and config.grow is not None and config.grow.lr_factors == "exact"
     grown_by = (growth.operator, plan.model) if growth and exact and arena.config == growth.model else None
     groups = parameter_groups(arena, config.optimizer.decay, grown_by)
+    chosen = attention["grown"] if growth is not None and arena.config == growth.model else attention
     model = Llama(
-        arena.config, arena, backend=attention, functional=config.compile, tables=DTYPES[config.rope_tables],
+        arena.config, arena, backend=chosen["backend"], functional=config.compile, tables=DTYPES[config.rope_tables],
         recompute=config.activation_checkpointing,
     )  # fmt: skip
     between = exchange(arena, mine)

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 import torch
 
-from hyperllama.config import EvaluateSettings, LogSettings, ProfileSettings, RunConfig
+from hyperllama.config import EvaluateSettings, ProfileSettings, RunConfig
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate.generate import generate
 from hyperllama.evaluate.text import evaluate_text
+from hyperllama.files import write_text
 from hyperllama.model import Llama
 from hyperllama.train.distributed import Processes
 from hyperllama.train.metrics import Events
@@ -45,6 +45,14 @@ class Evaluation:
         self.settings, self.tokenizer, self.seq_len, self.steps = settings, tokenizer, seq_len, steps
         self.samples = out / "samples.jsonl"
 
+    def forget(self, step: int) -> None:
+        """Remove the samples of steps after `step`, from where a run goes on."""
+        if self.samples.is_file():
+            kept = [
+                line for line in self.samples.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step
+            ]
+            write_text(self.samples, "".join(kept))
+
     def due(self, step: int) -> bool:
         """Whether there is something to do after `step`."""
         return self.settings is not None and (step % self.settings.every == 0 or step == self.steps)
@@ -74,37 +82,43 @@ class Evaluation:
         return {"bits_per_byte": scored["bits_per_byte"], "evaluated_bytes": scored["bytes"]}
 
 
-def open_logs(
-    settings: LogSettings, config: RunConfig, run: str, step: int, *, write: bool
-) -> list[Callable[[Line], None]]:
-    """What is given every line of metrics.jsonl, for a run of the id `run` that goes on after `step`."""
-    logs: list[Callable[[Line], None]] = []
-    out = Path(config.out)
-    if write and settings.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+class Logs:
+    """Gives other programs every line of metrics.jsonl, of a run of the id `run` that goes on after `step`; a context manager."""
 
-        writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+    def __init__(self, config: RunConfig, run: str, step: int, *, write: bool):
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        out, settings = Path(config.out), config.log
+        if write and settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-        def to_tensorboard(line: Line) -> None:
+            self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        if write and settings.wandb is not None:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=settings.wandb, name=config.name, id=run, resume="allow", dir=str(out),
+                config=config.model_dump(mode="json"),
+            )  # fmt: skip
+
+    def __call__(self, line: Line) -> None:
+        """Log a line."""
+        if self.tensorboard is not None:
             for name, value in numbers(line).items():
-                writer.add_scalar(name, value, line["step"])
+                self.tensorboard.add_scalar(name, value, line["step"])
             if "time" in line:  # the end of an interval
-                writer.flush()
+                self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log(numbers(line), step=line["step"])
 
-        logs.append(to_tensorboard)
-    if write and settings.wandb is not None:
-        import wandb
+    def __enter__(self) -> "Logs":
+        return self
 
-        wandb.init(
-            project=settings.wandb,
-            name=config.name,
-            id=run,
-            resume="allow",
-            dir=str(out),
-            config=config.model_dump(mode="json"),
-        )
-        logs.append(lambda line: wandb.log(numbers(line), step=line["step"]))
-    return logs
+    def __exit__(self, *_: object) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def numbers(line: Line) -> dict[str, float]:

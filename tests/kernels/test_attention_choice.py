@@ -105,7 +105,7 @@ class Run:
 
     def __init__(self, out, attention="auto", dtype=torch.bfloat16):
         self.dtype = dtype
-        self.model = SimpleNamespace(num_heads=4, num_kv_heads=2, head_dim=16)
+        self.model, self.growth = SimpleNamespace(num_heads=4, num_kv_heads=2, head_dim=16), None
         data = SimpleNamespace(seq_len=24, documents="across")
         self.config = SimpleNamespace(out=str(out), attention=attention, micro_batch=2, data=data)
 
@@ -122,6 +122,24 @@ def test_a_run_measures_once_and_goes_on_with_the_same(tmp_path, monkeypatch, ca
     (tmp_path / "attention.json").write_text(json.dumps(record | {"backend": "sdpa"}))
     monkeypatch.setattr(of_runs, "measure", None)
     assert of_runs.attention_backend(Run(tmp_path), on("meta"), quiet=True)["backend"] == "sdpa"
+
+
+def test_a_run_that_grows_measures_both_shapes(tmp_path, monkeypatch):
+    heads = []
+
+    def measured(problem):
+        heads.append(problem.num_heads)
+        return ROWS
+
+    monkeypatch.setattr(of_runs, "measure", measured)
+    run = Run(tmp_path)
+    run.growth = SimpleNamespace(model=SimpleNamespace(num_heads=8, num_kv_heads=4, head_dim=16))
+    record = of_runs.attention_backend(run, on("meta"), quiet=True)
+    assert heads == [4, 8] and record["backend"] == record["grown"]["backend"] == "xformers"
+    (tmp_path / "attention.json").write_text(json.dumps({"backend": "sdpa", "grown": {"backend": "reference"}}))
+    monkeypatch.setattr(of_runs, "measure", None)
+    again = of_runs.attention_backend(run, on("meta"), quiet=True)
+    assert (again["backend"], again["grown"]["backend"]) == ("sdpa", "reference")
 
 
 def test_a_record_that_names_nothing_known_is_refused(tmp_path):

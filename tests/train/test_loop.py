@@ -228,6 +228,19 @@ def test_a_finished_run_is_left_alone_and_another_recipe_refused(study, undistur
         train(run_config(study, undisturbed, seed=8, checkpoint={"every_steps": 2}), quiet=True)
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(study, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    train(run_config(study, out, checkpoint={"every_steps": 2}), quiet=True)
+    (out / "run.json").unlink()
+    stored = yaml.safe_load((out / "config.yaml").read_text())
+    for key in ("compile", "cuda_graphs", "log", "evaluate", "activation_checkpointing"):
+        del stored[key]
+    del stored["data"]["nanotron_tail"]
+    (out / "config.yaml").write_text(yaml.safe_dump(stored))
+    train(run_config(study, out, checkpoint={"every_steps": 2}), quiet=True)
+    assert same_bits(undisturbed, out)
+
+
 def interrupted(study: Path, out: Path) -> Path:
     """A run with checkpoints that did not finish; returns its newest checkpoint."""
     train(run_config(study, out, checkpoint={"every_steps": 2}), quiet=True)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from hyperllama.arena import ALIGNMENT, Arena, arena_bytes, sharded_bytes
 from hyperllama.config import load_run
 from hyperllama.errors import HyperLlamaError
+from hyperllama.grow.folder import grow_folder
+from hyperllama.grow.operators import HyperClone
 from hyperllama.train.distributed import Processes
 from hyperllama.train.loop import train
 from hyperllama.train.parallel import Replicas, exchange
@@ -56,32 +58,47 @@ def run_all(folder: Path, recipes: dict[str, dict], processes: int) -> None:
     assert process.returncode == 0, errors
 
 
-def variants(study) -> dict[str, dict]:
-    """What has to come out the same: plain fp32, bf16 with documents and masked targets, and a run that grows."""
+def variants(study, clone=None) -> dict[str, dict]:
+    """What has to come out the same: plain fp32, bf16 with documents and masked targets, runs that grow or start from a `clone`."""
     data = {"sources": [{"path": str(study / "shards" / "eng")}], "seq_len": 32, "documents": "separate"}
     return {
         "plain": {"checkpoint": {"every_steps": 3}},
         "bf16": {"precision": "bf16", "data": data | {"mask_document_start": True}},
-        "several micro-batches": {"micro_batch": 1, "global_batch": 7, "activation_checkpointing": True},
+        "several micro-batches": {
+            "micro_batch": 1,
+            "global_batch": 7,
+            "activation_checkpointing": True,
+            "evaluate": {"every": 4, "text": [str(study / "corpus" / "text" / "eng" / "dev.jsonl")]},
+        },
+        "cloned": {"model": None, "init_from": str(clone)},
         "grown": grow(study, noise_db=10.0) | {"precision": "bf16"},
         "grown fp32": grow(study),
     }
 
 
 @pytest.fixture(scope="module")
-def alone(study, tmp_path_factory):
+def clone(study, tmp_path_factory):
+    """A model folder that was cloned, with noise."""
+    folder = tmp_path_factory.mktemp("clone")
+    train(run_config(study, folder / "run", budget={"windows": 8}), quiet=True)
+    grow_folder(folder / "run" / "model", folder / "clone", [HyperClone(2, seed=1, noise_db=10.0)])
+    return folder / "clone"
+
+
+@pytest.fixture(scope="module")
+def alone(study, clone, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    for name, changes in variants(study).items():
+    for name, changes in variants(study, clone).items():
         train(run_config(study, out / name, **changes), quiet=True)
     return out
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_mode_gives_the_losses_of_one_process(study, alone, tmp_path, world):
+def test_every_mode_gives_the_losses_of_one_process(study, clone, alone, tmp_path, world):
     cases = {
         (mode, name): settings(study, tmp_path / f"{mode} {name}", parallel=mode, **changes)
         for mode in ("ddp", "zero1", "fsdp")
-        for name, changes in variants(study).items()
+        for name, changes in variants(study, clone).items()
         if (world == 2 or name in ("plain", "grown", "several micro-batches"))
         and not (mode == "fsdp" and "grow" in changes)
     }
@@ -92,6 +109,9 @@ def test_every_mode_gives_the_losses_of_one_process(study, alone, tmp_path, worl
         for a, b in zip(one, several, strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=50 * tolerance)
+            assert a.keys() == b.keys()
+            for key in {"asymmetry", "bits_per_byte"} & a.keys():  # of the clone, of the run that is measured
+                assert b[key] == pytest.approx(a[key], rel=1e-3)
             assert [a[key] for key in ("step", "lr", "windows", "spent_flops")] == [
                 b[key] for key in ("step", "lr", "windows", "spent_flops")
             ]

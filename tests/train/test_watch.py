@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 from io import StringIO
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -62,6 +62,14 @@ def test_samples_are_kept_with_their_step(watched):
     assert all(isinstance(sample["text"], str) for sample in samples)
 
 
+def test_samples_of_steps_that_are_done_again_are_forgotten(tmp_path):
+    evaluation = watch.Evaluation(None, None, 8, 9, tmp_path)
+    evaluation.forget(3)
+    evaluation.samples.write_text("".join(f'{{"step": {step}, "text": "ä"}}\n' for step in (3, 6, 9)))
+    evaluation.forget(6)
+    assert [sample["step"] for sample in lines(evaluation.samples)] == [3, 6]
+
+
 def test_the_best_checkpoint_by_evaluation_stays(study, watched, tmp_path, monkeypatch):
     """The second of four is the best; of the others the newest stays."""
     told = iter([3.0, 1.0, 2.0, 4.0, 5.0])
@@ -116,12 +124,15 @@ class Writer:
     def flush(self):
         pass
 
+    def close(self):
+        self.closed = True
+
 
 def test_tensorboard_and_wandb_get_every_line(study, tmp_path, monkeypatch):
     tensorboard, wandb, made, told = ModuleType("torch.utils.tensorboard"), ModuleType("wandb"), [], []
     tensorboard.SummaryWriter = lambda *options, **named: made.append(Writer(*options, **named)) or made[-1]
-    wandb.init = lambda **options: told.append(options)
-    wandb.log = lambda values, step: told.append((step, values))
+    run = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finished"))
+    wandb.init = lambda **options: told.append(options) or run
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(watch, "find_spec", lambda name: True)
@@ -133,8 +144,9 @@ def test_tensorboard_and_wandb_get_every_line(study, tmp_path, monkeypatch):
         assert writer.scalars[name] == {line["step"]: line[name] for line in written}
     assert set(writer.scalars["time/tokens_per_second"]) == {2, 4, 6, 7}
     assert told[0]["project"] == "tiny" and told[0]["id"] == record["ledger"]["run"] and told[0]["resume"] == "allow"
-    assert [step for step, _ in told[1:]] == [line["step"] for line in written]
-    assert [values["loss"] for _, values in told[1:]] == [line["loss"] for line in written]
+    assert [step for step, _ in told[1:-1]] == [line["step"] for line in written]
+    assert [values["loss"] for _, values in told[1:-1]] == [line["loss"] for line in written]
+    assert told[-1] == "finished" and writer.closed
 
 
 @pytest.mark.parametrize("log", [{"tensorboard": True}, {"wandb": "project"}])
