@@ -47,6 +47,7 @@ def update(arena: Arena) -> None:
     adamw(
         arena.master, arena.grad, arena.m, arena.v, None if arena.weights is arena.master else arena.weights, lr=lr.fill_(1e-3),
         beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=at.fill_(1), clip=clip,
+        rounding=1 << 40 if arena.master.dtype == torch.bfloat16 else None,
     )  # fmt: skip
 
 
@@ -94,6 +95,7 @@ def everything() -> None:
     small = replace(SHAPES["180M"], vocab_size=1024)
     for dtype in (torch.bfloat16, torch.float32):
         training_step(small, dtype, 8)
+    update(Arena(ModelConfig(**small.settings(1)), torch.bfloat16, "cuda", training=True, masters=False))
     own_attention(small, torch.float32)
     gradients(small, torch.bfloat16, 8, documents=True, z_loss=1e-4)
     gradients(small, torch.bfloat16, 8, z_loss=1e-4)

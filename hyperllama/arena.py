@@ -1,7 +1,8 @@
 """Parameters live in one arena: a flat buffer per role, packed tensors as views into it.
 
     weights   what the forward reads, in the compute dtype
-    master    fp32 copy the optimizer updates (the same buffer as weights when the compute dtype is already that wide)
+    master    fp32 copy the optimizer updates (the same buffer as weights when the compute dtype is already that wide, or when the
+              weights are to be updated themselves, rounded stochastically)
     grad      fp32, accumulated by the backward of every op straight into place
     m, v      fp32, AdamW's moments
 
@@ -55,8 +56,9 @@ class Arena:
     """The flat buffers of one model.
 
     `dtype` is the compute dtype (bf16, fp32, or fp64 for exact tests); masters, gradients and moments are fp32
-    (fp64 for fp64) and exist only when `training`. With world > 1, masters and moments are slice `rank` of `world`: `span`
-    of the buffers, whose size is a multiple of the slices. `sharded`: so are weights and gradients, and there are `units`.
+    (fp64 for fp64) and exist only when `training`; without `masters` the weights are their own. With world > 1, masters and
+    moments are slice `rank` of `world`: `span` of the buffers, whose size is a multiple of the slices. `sharded`: so are
+    weights and gradients, and there are `units`.
     """
 
     def __init__(
@@ -69,11 +71,12 @@ class Arena:
         rank: int = 0,
         world: int = 1,
         sharded: bool = False,
+        masters: bool = True,
     ):
         self.dtype, self.training, self.rank, self.world, self.sharded = dtype, training, rank, world, sharded
         self._lay_out(config)
         wide = torch.promote_types(dtype, torch.float32)
-        self.rounds = dtype != wide  # whether weights are another buffer than the masters
+        self.rounds = dtype != wide and masters  # whether weights are another buffer than the masters
         held = self.size // world if sharded else self.size
         self.weights = torch.zeros(held, dtype=dtype, device=device)
         if training:
@@ -193,8 +196,8 @@ class Arena:
     def bytes(self) -> int:
         """Memory of all buffers, in bytes; at its most where units come and go."""
         if self.sharded:
-            return sharded_bytes(self.config, self.dtype, self.world)
-        return arena_bytes(self.size, self.dtype, training=self.training, world=self.world)
+            return sharded_bytes(self.config, self.dtype, self.world, masters=self.rounds)
+        return arena_bytes(self.size, self.dtype, training=self.training, world=self.world, masters=self.rounds)
 
 
 def layout(config: ModelConfig, world: int = 1) -> tuple[dict[str, int], int]:
@@ -206,18 +209,20 @@ def layout(config: ModelConfig, world: int = 1) -> tuple[dict[str, int], int]:
     return offsets, -(-size // (ALIGNMENT * world)) * ALIGNMENT * world
 
 
-def arena_bytes(size: int, dtype: torch.dtype, *, training: bool, world: int = 1) -> int:
+def arena_bytes(size: int, dtype: torch.dtype, *, training: bool, world: int = 1, masters: bool = True) -> int:
     """Bytes of an arena of `size` elements, with slice one of `world` of masters and moments: for --dry-run."""
     wide = torch.promote_types(dtype, torch.float32)
-    state = (2 if dtype == wide else 3) * size // world
+    state = (3 if dtype != wide and masters else 2) * size // world
     return size * dtype.itemsize + (size + state) * wide.itemsize * training
 
 
-def sharded_bytes(config: ModelConfig, dtype: torch.dtype, world: int) -> int:
+def sharded_bytes(config: ModelConfig, dtype: torch.dtype, world: int, *, masters: bool = True) -> int:
     """Bytes of a sharded arena in training, two layers' weights and two layers' gradients on their way included."""
     offsets, size = layout(config, world)
     wide = torch.promote_types(dtype, torch.float32)
     layer = offsets["norm" if config.num_layers == 1 else "layers.1.attn_norm"] - offsets["layers.0.attn_norm"]
     ends = size - config.num_layers * layer
-    state = (3 if dtype == wide else 4) * wide.itemsize + dtype.itemsize  # master (weights, when as wide), grad, m, v
+    state = (
+        4 if dtype != wide and masters else 3
+    ) * wide.itemsize + dtype.itemsize  # master (else weights), grad, m, v
     return size // world * state + (ends + 2 * layer) * (dtype.itemsize + wide.itemsize)

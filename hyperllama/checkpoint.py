@@ -128,7 +128,8 @@ class Checkpointer:
     def _copied(self, name: str, tensor: Tensor) -> np.ndarray:
         held = self._copies.get(name)
         if held is None or held.shape != tensor.shape:
-            self._copies[name] = held = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            dtype = torch.promote_types(tensor.dtype, torch.float32)  # bf16 masters are kept as fp32, exactly
+            self._copies[name] = held = torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda)
         return held.copy_(tensor).numpy()
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], state: dict[str, Any], problem: str) -> None:

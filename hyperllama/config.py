@@ -176,8 +176,12 @@ class BudgetSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW with fp32 master weights."""
+    """AdamW."""
 
+    masters: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="bf16: none, the weights themselves are updated, rounded stochastically; 4 bytes a parameter less",
+    )
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -281,7 +285,7 @@ class RunConfig(Settings):
     export: ExportSettings = ExportSettings()
     grow: GrowSettings | None = Field(None, description="grow the model inside the run")
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="weights and activations; masters and moments are fp32"
+        "bf16", description="weights and activations; moments are fp32, masters as optimizer.masters says"
     )
     attention: Literal[
         "auto", "csrc", "sdpa", "reference", "triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient",
@@ -373,6 +377,16 @@ class RunConfig(Settings):
                 )
         if self.evaluate is not None and self.evaluate.prompts and self.parallel == "fsdp":
             raise ValueError("evaluate.prompts: with parallel fsdp no process can write alone; generate from an export")
+        return self
+
+    @model_validator(mode="after")
+    def _masters_to_round(self) -> "RunConfig":
+        if self.optimizer.masters == "bf16" and self.precision != "bf16":
+            raise ValueError("optimizer.masters: bf16 is for precision: bf16; weights in fp32 are their own masters")
+        if self.optimizer.masters == "bf16" and self.grow is not None:
+            raise ValueError(
+                "grow needs optimizer.masters: fp32: the sums that keep the function are exact in the masters"
+            )
         return self
 
     @model_validator(mode="after")

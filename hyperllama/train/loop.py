@@ -22,6 +22,7 @@ from hyperllama.files import read_json, write_json, write_text
 from hyperllama.flops import Ledger, window_flops
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.grad_norm import grad_norm
+from hyperllama.keys import key_of
 from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks, no_collections
 from hyperllama.progress import console, progress_bar
 from hyperllama.train.attention import attention_backend
@@ -179,6 +180,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 clip=clip,
                 groups=groups.of_line if groups else None,
                 scales=groups.scales if groups else None,
+                rounding=key_of(config.seed, "rounding", arena.span.start) if o.masters == "bf16" else None,
             )
             exchange.send()
 

@@ -153,9 +153,15 @@ class Plan:
             "total_flops": self.ledger.inherited + self.budget,
             **({"growth": self._describe_growth(self.growth)} if self.growth else {}),
             "memory_bytes": {
-                "arena": sharded_bytes(model, self.dtype, world)
+                "arena": sharded_bytes(model, self.dtype, world, masters=c.optimizer.masters == "fp32")
                 if mode == "fsdp"
-                else arena_bytes(layout(model, slices)[1], self.dtype, training=True, world=slices),
+                else arena_bytes(
+                    layout(model, slices)[1],
+                    self.dtype,
+                    training=True,
+                    world=slices,
+                    masters=c.optimizer.masters == "fp32",
+                ),
                 "activations_estimate": activation_bytes(
                     model, self.dtype, c.micro_batch * c.data.seq_len, recompute=c.activation_checkpointing
                 ),

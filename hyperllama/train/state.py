@@ -54,11 +54,12 @@ class State:
         """From the newest checkpoint of the run's folder, else from a model folder or at random."""
         saved = newest(Path(plan.config.out), mine, say)
         windows = saved[1]["windows"] if saved else 0
-        mode = plan.parallel(mine.world)
+        mode, masters = plan.parallel(mine.world), plan.config.optimizer.masters == "fp32"
         rank, world = (mine.rank, mine.world) if mode != "ddp" else (0, 1)
         whole = Arena(
-            plan.final_model, plan.dtype, mine.device, training=True, rank=rank, world=world, sharded=mode == "fsdp"
-        )
+            plan.final_model, plan.dtype, mine.device,
+            training=True, rank=rank, world=world, sharded=mode == "fsdp", masters=masters,
+        )  # fmt: skip
         arena = whole if plan.growth is None or plan.grown_before(windows) else whole.tail(plan.model)
         updates = torch.zeros((), dtype=torch.int64, device=mine.device)
         run = cls(plan, mine, attention, whole, arena, *_model(plan, arena, mine, attention), plan.ledger, updates)

@@ -62,6 +62,46 @@ def write_recipe(path: Path, values: dict) -> Path:
     return path
 
 
+def test_bf16_masters_are_the_weights_rounded_stochastically_and_resume_to_the_same_bits(study, tmp_path, monkeypatch):
+    """Updates of a fraction of bf16's step; on average the weights go where masters in fp32 would take them."""
+    changes = {"precision": "bf16", "checkpoint": {"every_steps": 2}}
+    slow = {"lr": 1e-5, "masters": "bf16"}
+    whole, cut = (run_config(study, tmp_path / name, optimizer=slow, **changes) for name in ("whole", "cut"))
+    train(whole, quiet=True)
+
+    def stop(self, *arguments, real=Loader.batch):
+        if arguments[0] >= 32:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loader, "batch", stop)
+        train(cut, quiet=True)
+    train(cut, quiet=True)
+    assert same_bits(tmp_path / "whole", tmp_path / "cut") and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    masters = run_config(study, tmp_path / "masters", optimizer={"lr": 1e-5}, **changes)
+    train(masters, quiet=True)
+    rounded, nearest = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "masters"))
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    assert (rounded[gate] != nearest[gate]).float().mean() > 0.02
+    assert float((rounded[gate].float() - nearest[gate].float()).mean().abs()) < 1e-5
+    plans = [make_plan(config).describe()["memory_bytes"]["arena"] for config in (whole, masters)]
+    weights = load_file(tmp_path / "whole" / "model" / "model.safetensors").values()
+    assert plans[1] - plans[0] >= 4 * sum(tensor.numel() for tensor in weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"precision": "fp32"}, "optimizer.masters: bf16 is for precision: bf16"),
+        ({"precision": "bf16", "grow": {"at_flops": 1}}, "grow needs optimizer.masters: fp32"),
+    ],
+)
+def test_bf16_masters_are_refused_where_they_make_no_sense(changes, sentence, study, tmp_path):
+    with pytest.raises(HyperLlamaError, match=sentence):
+        run_config(study, tmp_path, optimizer={"masters": "bf16"}, **changes)
+
+
 def test_the_ledger_ends_at_the_budget_and_the_last_batch_is_partial(study, undisturbed):
     record = json.loads((undisturbed / "run.json").read_text())
     folder = open_folder(undisturbed / "model")
