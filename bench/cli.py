@@ -36,28 +36,29 @@ class Part:
     """What a command measures: its programs on a CPU, and on a GPU where those are others."""
 
     help: str
-    cpu: Program
-    gpu: Program | None = None
+    cpu: tuple[Program, ...]
+    gpu: tuple[Program, ...] = ()
 
 
 STEPS = "^step"
 PARTS = {
     "kernels": Part(
         "Every op against its roof and its peers.",
-        Program("cpu", ("--only", f"^(?!{STEPS[1:]})", "--name", "kernels")),
-        Program("gpu", ("--minutes", "9"), ("--minutes", "3")),
+        (Program("cpu", ("--only", f"^(?!{STEPS[1:]})", "--name", "kernels")),),
+        (Program("gpu", ("--minutes", "9"), ("--minutes", "3")),),
     ),
     "throughput": Part(
-        "Whole training steps, tokens per second, against transformers.",
-        Program("cpu", ("--only", STEPS, "--name", "throughput")),
-        Program("throughput", quick=("--rounds", "3")),
+        "Whole training steps against transformers, and what of a step is not an op.",
+        (Program("cpu", ("--only", STEPS, "--name", "steps")), Program("throughput", ("--overhead",), ())),
+        (Program("throughput", quick=("--rounds", "3")),),
     ),
     "grow": Part(
-        "Growth of model folders from the shell.", Program("merge", ("--only", "^(grow|start)", "--name", "grow"))
+        "Growth of model folders from the shell.",
+        (Program("merge", ("--only", "^(grow|start)", "--name", "grow")),),
     ),
-    "merge": Part("Merges of model folders from the shell.", Program("merge", ("--only", "^(?!grow|start)"))),
-    "data": Part("Tokenizing and the loader.", Program("pipeline", ("data",))),
-    "checkpoint": Part("Saving and restoring training state.", Program("pipeline", ("checkpoint",))),
+    "merge": Part("Merges of model folders from the shell.", (Program("merge", ("--only", "^(?!grow|start)")),)),
+    "data": Part("Tokenizing and the loader.", (Program("pipeline", ("data",)),)),
+    "checkpoint": Part("Saving and restoring training state.", (Program("pipeline", ("checkpoint",)),)),
 }
 
 
@@ -79,10 +80,9 @@ def measure(names: list[str], quick: bool, as_json: bool, out: Path | None) -> i
     with tempfile.TemporaryDirectory(prefix="hyperllama-bench-") as temporary:
         folder = out or (Path(temporary) if as_json else None)
         known = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} if folder else {}
-        for name in names:
-            part = PARTS[name]
-            program = (part.gpu if gpu else None) or part.cpu
-            print(f"{name} ...", file=sys.stderr, flush=True)
+        parts = [PARTS[name] for name in names]
+        for program in [program for part in parts for program in ((part.gpu if gpu else ()) or part.cpu)]:
+            print(f"{program.module} {' '.join(program.arguments)} ...", file=sys.stderr, flush=True)
             command = command_of(program, quick, folder, device)
             done = subprocess.run(command, stdout=sys.stderr if as_json else None, check=False)
             code = max(code, abs(done.returncode))

@@ -40,7 +40,7 @@ from .harness import median_interval
 from .sequential import ALARM, MARGIN, MISS, WORTH, Trial, round_ratio
 
 SAMPLE = 0.004  # seconds
-ROUND, TURNS = 0.2, (3, 12)  # seconds that a round samples, but at least and at most so many turns
+ROUND, TURNS = 0.12, (3, 8)  # seconds that a round samples, but at least and at most so many turns
 SWEEPS = 6  # of one pair of processes: code and libraries lie at other addresses in the next
 PATIENCE = 300  # seconds that a worker has for an answer
 WORKER = Path(__file__).parent / "regress_worker.py"

@@ -95,10 +95,12 @@ def test_a_process_that_dies_takes_its_case_along_and_no_other(versions: tuple[I
         os.kill(child, signal.SIGKILL)
         with pytest.raises(WorkerError, match="its process ended with code -9"):
             base.ask("sample", seconds=0.0)
-        base.ask("fresh", threads=1, cpu=None)  # the next child is there
-        base.kill()
         with pytest.raises(WorkerError, match="its process"):
-            base.ask("prepare", case="loader")
+            base.ask("fresh", threads=1, cpu=None)
+        pair[1].ask("fresh", threads=1, cpu=None)
+        pair[1].kill()
+        with pytest.raises(WorkerError, match="its process"):
+            pair[1].ask("prepare", case="loader")
     gate = Gate(*versions)
     gate.trials = {"lost": Trial(2), "kept": Trial(2)}
     gate.failures["lost"] = "base: its process ended with code -9"
