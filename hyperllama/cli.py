@@ -126,7 +126,9 @@ def data_build(
     if processes is not None and processes < 1:
         raise HyperLlamaError(f"--processes is {processes}; at least 1 was expected")
     recipe = data_recipe(texts, tokenizer=tokenizer, out=out, language=language)
-    loaded = Tokenizer.load(recipe.tokenizer)
+    if processes is not None:  # threads too, where one process does it all
+        os.environ.setdefault("RAYON_NUM_THREADS", str(processes))
+    loaded = Tokenizer.load(recipe.tokenizer, threads=processes)
     if dry_run:
         check_free(recipe.out)
         reads = [str(path) for source in recipe.sources for path in source.resolve()[1]]
@@ -517,6 +519,8 @@ def eval_command(
         )
     if csv is not None and not (text or pairs):
         raise HyperLlamaError("--csv is for --text and --pairs")
+    if twice := {model for model in models if models.count(model) > 1}:
+        raise HyperLlamaError(f"{min(twice)} is named twice: models are compared by their names")
     from hyperllama.evaluate import measure_folder
     from hyperllama.evaluate.compare import Comparison
 

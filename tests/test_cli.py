@@ -383,6 +383,33 @@ def test_a_data_recipe_with_overrides_builds_what_inspect_and_mixture_show(run, 
     refuse("data", "build", tmp_path / "r.yaml", "source=1", parts=["unknown key source", "sources"])
 
 
+def test_several_models_are_compared_on_text_pairs_and_facts(run, refuse, study, model, tmp_path):
+    other = tmp_path / "grown"
+    assert run("grow", model, other).code == 0
+    corpus = study / "corpus"
+    texts = [corpus / "text" / language / "dev.jsonl" for language in ("eng", "swe")]
+    pairs = corpus / "minimal_pairs" / "eng.jsonl"
+    for kind, rows in {
+        "patterns": [{"pattern": "[X] is [Y]"}, {"pattern": "[Y] of [X]"}],
+        "tuples": [{"sub_label": "a", "obj_label": "b"}, {"sub_label": "c", "obj_label": "d"}],
+    }.items():
+        (tmp_path / "facts" / kind / "eng").mkdir(parents=True)
+        (tmp_path / "facts" / kind / "eng" / "P1.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    measures = ("--text", *texts, "--pairs", pairs, "--facts", tmp_path / "facts")
+    csv = tmp_path / "out.csv"
+    result = run("eval", model, other, *measures, "--csv", csv, "--quiet", "--json").json
+    assert [entry["model"] for entry in result["models"]] == [str(model), str(other)]
+    assert len(result["text"]) == 4 and len(result["tests"]) == 1
+    assert max(abs(row["change"]) for row in result["text"]) < 1e-4  # a clone without noise is the same function
+    assert len(csv.read_text().splitlines()) == 5 and (tmp_path / "out-pairs.csv").exists()
+    assert result["models"][0]["facts"][str(tmp_path / "facts")]["languages"]["eng"]["facts"] == 2
+    printed = run("eval", model, other, *measures, "--by", "length", "--quiet")
+    assert printed.code == 0 and "bits per byte" in printed.out and "accuracy" in printed.out
+    refuse("eval", model, model, "--text", texts[0], parts=["is named twice"])
+    refuse("eval", model, "--pairs", pairs, "--by", "letter", parts=["by sentence, word, length", "not by 'letter'"])
+    refuse("eval", model, "--facts", tmp_path / "facts", "--csv", csv, parts=["--csv is for"])
+
+
 def test_runs_draws_what_it_compares(refuse, run, model, tmp_path):
     assert run("runs", model.parent, "--plot", tmp_path / "losses.svg").code == 0
     drawn = (tmp_path / "losses.svg").read_text()

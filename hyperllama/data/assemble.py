@@ -58,7 +58,7 @@ def assemble(
         lengths = np.load(lengths_path(job, unit))
         unit_of[here], length[here], start[here] = i, lengths, np.cumsum(lengths) - lengths
         empty = tokens_path(job, unit).stat().st_size == 0
-        parts.append(np.zeros(0) if empty else np.memmap(tokens_path(job, unit), on_disk(job.dtype), "r"))
+        parts.append(np.zeros(0) if empty else np.asarray(np.memmap(tokens_path(job, unit), on_disk(job.dtype), "r")))
     tags, languages = _languages(surveys, order)
     ends_file, tags_file = (_HashedFile(folder / name) for name in ("documents.bin", "languages.bin"))
     shards: list[_HashedFile] = []

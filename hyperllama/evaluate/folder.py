@@ -11,8 +11,8 @@ from hyperllama.arena import Arena
 from hyperllama.data.text import text_files
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
-from hyperllama.evaluate.facts import evaluate_facts
-from hyperllama.evaluate.pairs import PairScores, score_pairs
+from hyperllama.evaluate.facts import evaluate_facts, read_facts
+from hyperllama.evaluate.pairs import PairScores, check_way, read_pairs, score_pairs
 from hyperllama.evaluate.score import start_token
 from hyperllama.evaluate.text import TextScores, score_text
 from hyperllama.files import read_json
@@ -98,6 +98,12 @@ def measure_folder(
     forward passes together, in the causal convention, padding left out. `progress(done, total)` counts bytes.
     Raises HyperLlamaError like load_folder, score_text, score_pairs and evaluate_facts.
     """
+    check_way(by)
+    pairs, facts = list(pairs), list(facts)
+    for file in pairs:  # mistakes are found before hours of work
+        read_pairs(file)
+    for folder in facts:
+        read_facts(folder)
     model, tokenizer = load_folder(path, dtype=dtype, device=device)
     start = folder_start(path, tokenizer)
     sizes = {Path(text): sum(file.stat().st_size for file in text_files([text])) for text in texts}

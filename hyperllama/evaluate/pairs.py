@@ -76,6 +76,12 @@ def _pair(line: bytes, where: str) -> Pair:
     return pair
 
 
+def check_way(by: str) -> None:
+    """Raise HyperLlamaError unless pairs can be compared so."""
+    if by not in WAYS:
+        raise HyperLlamaError(f"minimal pairs are compared by {', '.join(WAYS)}, not by {by!r}")
+
+
 def up_to_the_difference(good: str, bad: str) -> tuple[str, str]:
     """Both sentences up to the end of the words in which they differ (where one only lacks words, and one word more)."""
     words = [[match.span() for match in re.finditer(r"\S+", text)] for text in (good, bad)]
@@ -134,8 +140,7 @@ def score_pairs(
 
     Raises HyperLlamaError for a bad file, a window the model can't take, and a loss that is not finite.
     """
-    if by not in WAYS:
-        raise HyperLlamaError(f"minimal pairs are compared by {', '.join(WAYS)}, not by {by!r}")
+    check_way(by)
     pairs = read_pairs(path)
     cut = up_to_the_difference if by == "word" else lambda good, bad: (good, bad)
     sentences = [sentence for pair in pairs for sentence in cut(pair.good, pair.bad)]

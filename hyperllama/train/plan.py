@@ -412,7 +412,9 @@ def _run_id(config: RunConfig, mixture: Windows, start_hashes: dict[str, str] | 
         if stage["replay"]:
             del stage["replay"]["path"]
     for key, unused in (("nanotron_tail", None), ("stages", None), ("mix", None), ("order", "shuffled")):
-        if settings["data"][key] == unused:  # a run that has nothing of the kind is called as before there was such a key
+        if (
+            settings["data"][key] == unused
+        ):  # a run that has nothing of the kind is called as before there was such a key
             del settings["data"][key]
     settings["init_from"] = start_hashes
     text = json.dumps([settings, mixture.fingerprint, windows], sort_keys=True)

@@ -11,7 +11,7 @@ from hyperllama.data.stages import Blend, Stages, greedy_blend
 from hyperllama.data.tail import Tail
 from hyperllama.errors import HyperLlamaError
 from hyperllama.train.plan import make_plan
-from tests.study import run_config, settings
+from tests.study import run_config
 
 BATCH = 5120  # windows of the paper's step
 
@@ -194,7 +194,7 @@ def test_a_recipe_of_stages_becomes_a_plan(study, tmp_path):
         make_plan(run_config(study, tmp_path / "run", data=data, budget={"steps": 10**6}))
 
 
-def test_settings_that_contradict_each_other_are_refused(study, tmp_path):
+def test_settings_that_contradict_each_other_are_refused():
     source = {"path": "a"}
     stage = {"start_step": 1, "sources": [source]}
     for data, message in (
@@ -210,4 +210,3 @@ def test_settings_that_contradict_each_other_are_refused(study, tmp_path):
     ):
         with pytest.raises(HyperLlamaError, match=message):
             validated(DataSettings, {"seq_len": 8, **data}, "r")
-    assert settings(study, tmp_path)["data"]["sources"]
