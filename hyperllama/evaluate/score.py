@@ -143,14 +143,16 @@ def score_continuations(
     """Log-probability in nats of each continuation after its context, both tokens, and whether it is the likeliest at every token.
 
     Of a context and continuation longer than a window, the last `seq_len` + 1 tokens count; an equal request is computed once.
-    Raises HyperLlamaError for a request without a context token, and when a logit is not finite.
+    Raises HyperLlamaError for a request without a context token, for a continuation longer than a window, and when a logit is
+    not finite.
     """
     rows = []
     for context, continuation in requests:
         if not context:
             raise HyperLlamaError("a continuation without context has no first token: give the start token as context")
-        text = (*context, *continuation)[-(seq_len + 1) :]
-        rows.append((text, min(len(continuation), len(text) - 1)))
+        if len(continuation) > seq_len:
+            raise HyperLlamaError(f"a continuation of {len(continuation)} tokens does not fit a window of {seq_len}")
+        rows.append(((*context, *continuation)[-(seq_len + 1) :], len(continuation)))
     distinct = sorted(set(rows), key=lambda row: len(row[0]), reverse=True)
     found: dict[tuple[tuple[int, ...], int], tuple[float, bool]] = {}
     device, at = model.arena.weights.device, 0

@@ -13,12 +13,15 @@ from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate.score import score_continuations
 from hyperllama.hub import folded, hf_config, write_folder
-from tests.evaluate.conftest import TEXT, WINDOW, sentence
+from tests.evaluate.conftest import TEXT, sentence
 from tests.reference import random_model
 
 lm_eval = pytest.importorskip(
     "lm_eval", reason="lm-eval is NOT installed, its adapter was NOT tested: pip install 'hyperllama[eval]'"
 )
+
+
+WINDOW = 64  # tokens, here characters: longer than a choice, shorter than the texts of the task `whole`
 
 
 @pytest.fixture
@@ -34,7 +37,8 @@ def folder(tmp_path: Path, config) -> Path:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = Tokenizer.load(tmp_path / "t")
-    model = random_model(config.model_copy(update={"vocab_size": tokenizer.vocab_size}), torch.float32)
+    changes = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": WINDOW}
+    model = random_model(config.model_copy(update=changes), torch.float32)
     tensors = folded(model.config, model.arena.logical("weights").items(), torch.float32)
     write_folder(tmp_path / "m", hf_config(model.config, torch.float32), tensors, {}, tokenizer_from=tokenizer.path)
     return tmp_path / "m"
@@ -155,6 +159,8 @@ def test_a_context_longer_than_the_window_is_cut_on_the_left(folder):
     assert score_continuations(model.model, long, seq_len=WINDOW) == score_continuations(
         model.model, short, seq_len=WINDOW
     )
+    with pytest.raises(HyperLlamaError, match="a continuation of 65 tokens does not fit a window of 64"):
+        score_continuations(model.model, [([1], ids[:65])], seq_len=WINDOW)
     with pytest.raises(HyperLlamaError, match="without context"):
         score_continuations(model.model, [([], [1])], seq_len=WINDOW)
     with pytest.raises(HyperLlamaError, match="no argument 'typo'"):
