@@ -31,6 +31,7 @@ def folder(tmp_path: Path, config) -> Path:
     merges = [("t", "h"), ("th", "e"), ("o", "l"), ("b", "o")]
     vocabulary = {token: i for i, token in enumerate([*words, *map("".join, merges), "<|endoftext|>", "?"])}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="?"))
+    made.decoder = tokenizers.decoders.Fuse()
     made.add_special_tokens(["<|endoftext|>"])
     (tmp_path / "t").mkdir()
     made.save(str(tmp_path / "t" / "tokenizer.json"))
