@@ -7,9 +7,11 @@ import torch
 from hyperllama.config import DataSettings, TailSettings, validated
 from hyperllama.data.loader import Loader
 from hyperllama.data.mixture import Mixture, Source
+from hyperllama.data.shards import Shards
 from hyperllama.data.stages import Blend, Stages, greedy_blend
 from hyperllama.data.tail import Tail
 from hyperllama.errors import HyperLlamaError
+from hyperllama.train.loop import train
 from hyperllama.train.plan import make_plan
 from tests.study import run_config
 
@@ -192,6 +194,20 @@ def test_a_recipe_of_stages_becomes_a_plan(study, tmp_path):
     assert again.ledger.run == plan.ledger.run != changed.ledger.run
     with pytest.raises(HyperLlamaError, match="stage 2: order nanotron reads each window once"):
         make_plan(run_config(study, tmp_path / "run", data=data, budget={"steps": 10**6}))
+
+
+def test_a_run_trains_through_its_stages_and_counts_what_it_read(study, tmp_path):
+    eng, swe = ({"path": str(study / "shards" / language)} for language in ("eng", "swe"))
+    data = {"seq_len": 32, "order": "nanotron", "nanotron_tail": {"processes": 2, "micro_batch": 2}}
+    stages = [{"start_step": 1, "seed": 42, "sources": [eng, swe]}, {"start_step": 3, "seed": 9, "sources": [swe]}]
+    config = run_config(study, tmp_path / "run", data={**data, "stages": stages}, budget={"steps": 4})
+    record, mixture = train(config, quiet=True), make_plan(config).mixture
+    first, second = rows_of(mixture, 0, 16), rows_of(mixture, 16, 16)
+    swedish = Shards.open(study / "shards" / "swe")
+    assert rows_of(Blend([Source("swe", swedish, 1.0)], 32, 9, 8), 0, 16) == second != first
+    counts = record["card"]["token_counts"]
+    assert counts == mixture.tokens_by_language(0, 32)
+    assert counts["swe"] > 16 * 32 and sum(counts.values()) == 32 * 32
 
 
 def test_settings_that_contradict_each_other_are_refused():
