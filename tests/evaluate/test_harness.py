@@ -49,7 +49,11 @@ def folder(tmp_path: Path, config) -> Path:
 def tasks(tmp_path: Path) -> Path:
     """A task of choices, one of whole texts, one of answers written out, of local files."""
     rows = [
-        {"question": sentence(i, 2 + i % 4), "choices": [" " + sentence(i + k, 1 + k) for k in (50, 60)], "gold": i % 2}
+        {
+            "question": sentence(i, 2 + i % 4),
+            "choices": [" " + sentence(i + 50, 1), " " + sentence(i + 60, 2)],
+            "gold": i % 2,
+        }
         for i in range(24)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
