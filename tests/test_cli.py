@@ -442,7 +442,7 @@ def test_a_run_does_not_go_on_with_other_data(refuse, run, study, recipe, tmp_pa
     (tmp_path / "run" / "run.json").unlink()
     refuse("train", file, "--quiet", parts=["step-00000006", "other data"])
     exported = tmp_path / "exported"
-    refuse("export", tmp_path / "run", exported, parts=["eng is not what the run read", "--no-counts"])
+    refuse("export", tmp_path / "run", exported, parts=["shards is not what the run read", "--no-counts"])
     assert run("export", tmp_path / "run", exported, "--no-counts", "--json").json["step"] == 6
     assert not (exported / "token_counts.safetensors").exists()
 
