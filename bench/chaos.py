@@ -34,8 +34,8 @@ import torch
 
 from hyperllama.checkpoint import checkpoints, verify
 from hyperllama.config import RunConfig, validated
+from hyperllama.data.build import build_shards
 from hyperllama.data.sample import write_corpus
-from hyperllama.data.shards import build_shards
 from hyperllama.data.tokenizer import train_tokenizer
 from hyperllama.errors import HyperLlamaError, Lost
 from hyperllama.train.loop import train

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from hyperllama.config import RunConfig, validated
-from hyperllama.data.shards import build_shards
+from hyperllama.data.build import build_shards
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.experiment.recipe import ExperimentConfig, budgets, grid, load_experiment
 from hyperllama.experiment.run import Study, _cost, _lines, _part

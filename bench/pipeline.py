@@ -24,10 +24,11 @@ import torch
 from hyperllama.arena import Arena
 from hyperllama.checkpoint import Checkpointer, load, newest, slices
 from hyperllama.config import CheckpointSettings, ModelConfig, RunConfig, validated
+from hyperllama.data.build import build_shards
 from hyperllama.data.loader import Loader
 from hyperllama.data.mixture import Mixture, Source
 from hyperllama.data.sample import write_corpus
-from hyperllama.data.shards import Shards, build_shards
+from hyperllama.data.shards import Shards
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
 
 from .environment import device_slug, environment

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from hyperllama.config import ModelConfig
-from hyperllama.data.shards import Shards, build_shards
+from hyperllama.data.build import build_shards
+from hyperllama.data.shards import Shards
 from hyperllama.files import write_json
 from hyperllama.flops import Convention, window_flops
 from hyperllama.kernels import merge

@@ -95,7 +95,7 @@ def random_shards(folder: Path, vocab: int, seq_len: int) -> None:
     """A tokenizer of `vocab` words without meaning and shards of 256 windows of them, each word as likely as the others."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from hyperllama.data.shards import build_shards
+    from hyperllama.data.build import build_shards
     from hyperllama.data.tokenizer import Tokenizer as Ours
 
     if (folder / "shards").exists():

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,43 +98,131 @@ def tokenizer_train(
 
 @data_app.command("build")
 def data_build(
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="txt, jsonl, jsonl.gz, or folders of them.")],
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer.model, tokenizer.json, or a folder with one.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    language: Annotated[str | None, typer.Option(help="Tag of documents that have none.")] = None,
+    texts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE.yaml [a.b=c]... | TEXT...",
+            help="A data recipe and settings that replace its own; or txt, jsonl (.gz, .zst), parquet, folders, globs.",
+        ),
+    ],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.model, tokenizer.json, or a folder with one; default: the recipe's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: the recipe's.")] = None,
+    language: Annotated[str | None, typer.Option(help="TEXT: tag of documents that have none.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Default: one a core. Does not change the result.")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Tokenize text into shards with a document index, checksums and token counts by language."""
-    from hyperllama.data.shards import build_shards
+    """Tokenize text into shards with a document index, checksums and token counts by language.
+
+    What was interrupted or killed goes on with the same command.
+    """
+    from hyperllama.data.build import build
+    from hyperllama.data.recipe import data_recipe
+    from hyperllama.data.tokenizer import Tokenizer
+
+    if processes is not None and processes < 1:
+        raise HyperLlamaError(f"--processes is {processes}; at least 1 was expected")
+    recipe = data_recipe(texts, tokenizer=tokenizer, out=out, language=language)
+    if processes is not None:  # threads too, where one process does it all
+        os.environ.setdefault("RAYON_NUM_THREADS", str(processes))
+    loaded = Tokenizer.load(recipe.tokenizer, threads=processes)
+    if dry_run:
+        check_free(recipe.out)
+        reads = [str(path) for source in recipe.sources for path in source.resolve()[1]]
+        lists = [path for source in recipe.sources for path in (source.keep_ids, source.drop_ids) if path]
+        _existing([Path(path) for path in lists])
+        plan = {"reads": [*reads, *lists, recipe.tokenizer], "writes": recipe.out, "vocab_size": loaded.vocab_size}
+        _print(plan, as_json)
+        return
+    with _bar("build", disable=quiet) as progress:
+        cores = processes or len(os.sched_getaffinity(0))
+        manifest = build(recipe, loaded, processes=cores, stage=progress.stage)
+    shown = ("tokens", "documents", "bytes", "characters", "damaged", "languages", "taken", "dtype", "policy")
+    _print({key: manifest[key] for key in shown}, as_json)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER | TEXT...", help="A shard folder; or files of text, folders, globs.")
+    ],
+    tokenizer: Annotated[Path | None, typer.Option(help="FOLDER: show sample texts with this tokenizer.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Verify a shard folder, or read text, and show counts by language, document lengths, samples and damaged records."""
+    from hyperllama.data.shards import inspect
+    from hyperllama.data.text import inspect_text
+    from hyperllama.data.tokenizer import Tokenizer
+
+    folder = paths[0]
+    with _bar("inspect", disable=quiet) as progress:
+        if len(paths) > 1 or folder.is_file() or (folder.is_dir() and not (folder / "manifest.json").exists()):
+            report = inspect_text(paths, progress=progress)
+        else:
+            report = inspect(folder, Tokenizer.load(tokenizer) if tokenizer else None, progress=progress)
+    _print(report, as_json)
+    for name, state in report.get("files", {}).items():
+        if state != "ok":
+            raise HyperLlamaError(f"{folder / name} {state}: copy the shard folder again, or build it again")
+
+
+@data_app.command("adopt")
+def data_adopt(
+    folder: Annotated[Path, typer.Argument(help="Folder of datatrove's .ds files with their .ds.index.")],
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that they were made with.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: an index, checksums, and links to the .ds files.")],
+    language: Annotated[str, typer.Option(help="Tag of its documents.")] = "und",
+    eos_token: Annotated[
+        str | None, typer.Option(help="The token that ends documents; default: the tokenizer's EOS.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Use the token files of nanotron and datatrove where they lie: verify them and write a shard folder of links."""
+    from hyperllama.data.ds import adopt
     from hyperllama.data.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(tokenizer)
     if dry_run:
         check_free(out)
-        reads = [str(path) for path in _existing(texts)]
-        _print({"reads": [*reads, str(tokenizer)], "writes": str(out), "vocab_size": loaded.vocab_size}, as_json)
+        _print({"reads": [str(path) for path in sorted(folder.glob("*.ds"))], "writes": str(out)}, as_json)
         return
-    with _bar("tokenize") as progress:
-        manifest = build_shards(texts, loaded, out, language=language, progress=progress)
-    _print({key: manifest[key] for key in ("tokens", "documents", "bytes", "languages", "dtype")}, as_json)
+    with _bar("adopt", disable=quiet) as progress:
+        manifest = adopt(folder, loaded, out, language=language, eos_token=eos_token, progress=progress)
+    _print({key: manifest[key] for key in ("tokens", "documents", "languages", "dtype", "shard_lengths")}, as_json)
 
 
-@data_app.command("inspect")
-def data_inspect(
-    folder: Path,
-    tokenizer: Annotated[Path | None, typer.Option(help="Show sample texts with this tokenizer.")] = None,
+@data_app.command("mixture")
+def data_mixture(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Shard folders.")],
+    by: Annotated[str, typer.Option(help="size, temperature (size ** --exponent) or unimax.")] = "size",
+    unit: Annotated[str, typer.Option(help="Of sizes and --budget: tokens or characters.")] = "tokens",
+    budget: Annotated[float | None, typer.Option(help="What is read in all; UniMax shares it out.")] = None,
+    max_epochs: Annotated[float, typer.Option(help="unimax: no folder more often.")] = 6.0,
+    exponent: Annotated[float, typer.Option(help="temperature: 1 is by size, 0 is all alike.")] = 0.3,
     as_json: Json = False,
 ) -> None:
-    """Verify a shard folder and show its counts, document lengths and samples."""
-    from hyperllama.data.shards import inspect
-    from hyperllama.data.tokenizer import Tokenizer
+    """Show what a mixture takes of each folder: tokens, fertility, share, epochs. Writes nothing.
 
-    report = inspect(folder, Tokenizer.load(tokenizer) if tokenizer else None)
-    _print(report, as_json)
-    for name, state in report["files"].items():
-        if state != "ok":
-            raise HyperLlamaError(f"{folder / name} {state}: copy the shard folder again, or build it again")
+    The same settings under data.mix of a training recipe set the weights of its sources.
+    """
+    from hyperllama.config import MixSettings, validated
+    from hyperllama.data.shards import Shards
+    from hyperllama.data.weights import table
+
+    mix = {"by": by, "unit": unit, "budget": budget, "max_epochs": max_epochs, "exponent": exponent}
+    rows = table(
+        [Shards.open(folder, verify=False) for folder in folders], validated(MixSettings, mix, "the command line")
+    )
+    if as_json:
+        _print(rows, True)
+    else:
+        _table(rows)
 
 
 @data_app.command("sample")
@@ -384,25 +474,83 @@ def _search_merge(
 
 @app.command("eval")
 def eval_command(
-    folder: Path,
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="Model folders; the first is what the others are held against."),
+    ],
     text: Annotated[
         list[Path] | None, typer.Option(metavar="FILE...", help="Text to measure bits per byte on.")
     ] = None,
     pairs: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE...", help="Minimal pairs, JSONL with good and bad.")
+        list[Path] | None, typer.Option(metavar="FILE...", help="Minimal pairs, JSONL with good, bad and phenomenon.")
     ] = None,
+    facts: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER...", help="Facts in mParaRel's form: patterns/<language>/, tuples/<language>/."),
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="Pairs and facts: sentence; word (pairs: up to the end of the words that differ); length (per character)."
+        ),
+    ] = "sentence",
+    harness: Annotated[
+        list[str] | None, typer.Option(metavar="TASK...", help="Tasks of lm-eval (pip install 'hyperllama[eval]').")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="--harness: a folder with more tasks, as YAML.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="--harness: examples before a question; default: the task's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="--harness: documents of each task, at most.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Window in tokens; default: the model's longest.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Also write the comparison of text (and FILE-pairs.csv: of pairs) as CSV.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model folder: bits per byte and perplexity of text, accuracy on minimal pairs."""
-    from hyperllama.evaluate import evaluate_folder
+    """Measure models: bits per byte of text, accuracy on minimal pairs and facts, tasks of lm-eval.
 
-    if not text and not pairs:
-        raise HyperLlamaError("nothing to evaluate: give --text FILE... or --pairs FILE...")
+    Several models are compared: text by paired bootstrap over documents, pairs by McNemar's exact test.
+    """
+    if not (text or pairs or facts or harness):
+        raise HyperLlamaError(
+            "nothing to evaluate: give --text FILE..., --pairs FILE..., --facts FOLDER... or --harness TASK..."
+        )
+    if csv is not None and not (text or pairs):
+        raise HyperLlamaError("--csv is for --text and --pairs")
+    if twice := {model for model in models if models.count(model) > 1}:
+        raise HyperLlamaError(f"{min(twice)} is named twice: models are compared by their names")
+    from hyperllama.evaluate import measure_folder
+    from hyperllama.evaluate.compare import Comparison
+
     with _bar("eval", disable=quiet) as progress:
-        result = evaluate_folder(folder, text or [], pairs or [], seq_len=seq_len, progress=progress)
-    _print(result, as_json)
+        measured = [
+            measure_folder(model, text or [], pairs or [], facts=facts or [], by=by, seq_len=seq_len, progress=progress)
+            for model in models
+        ]
+    results = [model.summary() for model in measured]
+    comparison = Comparison.of(measured)
+    if harness:
+        from hyperllama.evaluate.harness import run_harness
+
+        options: dict[str, Any] = {"task_folder": task_folder, "shots": shots, "limit": limit, "max_length": seq_len}
+        for result, model in zip(results, models, strict=True):
+            result["harness"] = run_harness(model, harness, **options)["tasks"]
+    if csv is not None:
+        comparison.write_csv(csv)
+    if len(models) == 1:
+        _print(results[0], as_json)
+    elif as_json:
+        _print({"models": results, **asdict(comparison)}, True)
+    else:
+        for title, rows in comparison.grids().items():
+            print(title)
+            _table(rows)
+        for result in results:
+            _print(
+                {result["model"]: {key: result[key] for key in ("facts", "harness", "flops") if key in result}}, False
+            )
 
 
 @app.command("generate")
@@ -519,20 +667,39 @@ def _existing(paths: list[Path]) -> list[Path]:
 
 
 class _bar:
-    """A progress bar on standard error as a context manager that yields `progress(done, total)`; disabled, it does nothing."""
+    """A progress bar on standard error as a context manager that yields `progress(done, total)`; disabled, it does nothing.
+
+    progress.stage(name) begins a bar of its own, in bytes, and returns what that is told.
+    """
 
     def __init__(self, what: str, *, disable: bool = False):
         self.what, self.disable = what, disable
 
     def __enter__(self) -> Any:
+        if not self.disable:
+            from hyperllama.progress import console, progress_bar
+
+            self.bar = progress_bar(console())
+            self.bar.start()
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self.disable:
+            self.task = getattr(self, "task", None) or self.bar.add_task(self.what, total=None, figures="")
+            self.bar.update(self.task, completed=done, total=total)
+
+    def stage(self, name: str) -> Any:
         if self.disable:
             return lambda done, total: None
-        from hyperllama.progress import console, progress_bar
+        task, begin = self.bar.add_task(name, total=None, figures=""), None
 
-        self.bar = progress_bar(console())
-        self.bar.start()
-        task = self.bar.add_task(self.what, total=None, figures="")
-        return lambda done, total: self.bar.update(task, completed=done, total=total)
+        def progress(done: int, total: int) -> None:
+            nonlocal begin
+            begin = begin or (time.monotonic(), done)  # what an earlier process did is not this one's speed
+            speed = (done - begin[1]) / 1e6 / max(time.monotonic() - begin[0], 1e-3)
+            self.bar.update(task, completed=done, total=total, figures=f"{speed:,.1f} MB/s" if speed else "")
+
+        return progress
 
     def __exit__(self, *_: object) -> None:
         if not self.disable:
@@ -564,7 +731,9 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
     table = Table()
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name in ("run", "name", "merge") else "right")
+        table.add_column(
+            name.replace("_", " "), justify="left" if name in ("run", "name", "merge", "language") else "right"
+        )
     for row in rows:
         table.add_row(
             *(
@@ -576,7 +745,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
 
 def spread_lists(
-    arguments: list[str], options: tuple[str, ...] = ("--text", "--pairs", "--dev", "--learn")
+    arguments: list[str], options: tuple[str, ...] = ("--text", "--pairs", "--facts", "--harness", "--dev", "--learn")
 ) -> list[str]:
     """`--text a b` as `--text a --text b`: options of `eval` and `merge` take several files."""
     spread: list[str] = []

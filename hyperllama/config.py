@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Hashable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -131,6 +132,31 @@ class ReplaySettings(Settings):
     fraction: float = Field(gt=0, lt=1, description="share of all windows")
 
 
+class StageSettings(Settings):
+    """What is read from one step of the run to the next stage's."""
+
+    start_step: int = Field(gt=0, description="first optimizer step, from 1")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="of the stage's order; default: the run's")
+    sources: list[SourceSettings] = Field(min_length=1)
+    replay: ReplaySettings | None = None
+
+
+class MixSettings(Settings):
+    """Weights of sources computed from their sizes, see data/weights.py."""
+
+    by: Literal["size", "temperature", "unimax"] = "size"
+    unit: Literal["tokens", "characters"] = "tokens"
+    exponent: float = Field(0.3, ge=0, le=1, description="temperature: share ~ size ** exponent")
+    budget: float | None = Field(None, gt=0, description="unimax: tokens or characters to share out")
+    max_epochs: float = Field(6.0, gt=0, description="unimax: no source more often")
+
+    @model_validator(mode="after")
+    def _budgeted(self) -> "MixSettings":
+        if self.by == "unimax" and self.budget is None:
+            raise ValueError("by unimax needs a budget, in tokens or characters")
+        return self
+
+
 class TailSettings(Settings):
     """The processes and micro-batches of nanotron's that a stage's last step is filled as by: see data/tail.py."""
 
@@ -141,8 +167,14 @@ class TailSettings(Settings):
 class DataSettings(Settings):
     """What a run reads."""
 
-    sources: list[SourceSettings] = Field(min_length=1)
+    sources: list[SourceSettings] | None = Field(None, min_length=1, description="for the whole run ...")
+    stages: list[StageSettings] | None = Field(None, min_length=1, description="... or one set after another")
     replay: ReplaySettings | None = None
+    mix: MixSettings | None = Field(None, description="weights of the sources by size, temperature or UniMax")
+    order: Literal["shuffled", "nanotron"] = Field(
+        "shuffled",
+        description="nanotron: the paper's: files permuted, windows in order, sources by greedy deficit, each once",
+    )
     seq_len: int = Field(gt=0, description="tokens a window predicts; windows hold one more")
     documents: Literal["across", "separate"] = Field(
         "across", description="separate: attention and RoPE positions restart at each document"
@@ -153,6 +185,31 @@ class DataSettings(Settings):
         description="fill the last step with copies as the paper's trainer does; default: it is shorter than the others",
     )
     verify: bool = Field(True, description="check the shards' SHA-256 before the run")
+
+    @property
+    def plan(self) -> list[StageSettings]:
+        """The stages; one where there are only sources."""
+        if self.stages is not None:
+            return self.stages
+        return [StageSettings(start_step=1, sources=self.sources or [], replay=self.replay)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataSettings":
+        if (self.sources is None) == (self.stages is None):
+            raise ValueError("give either sources or stages, not both or none")
+        if self.stages is not None and self.replay is not None:
+            raise ValueError("replay belongs into each of the stages")
+        starts = [stage.start_step for stage in self.plan]
+        if starts[0] != 1 or any(b <= a for a, b in pairwise(starts)):
+            raise ValueError(f"stages must start at step 1 and at later ones in turn; got {starts}")
+        weighted = any(source.weight is not None for stage in self.plan for source in stage.sources)
+        if self.mix is not None and weighted:
+            raise ValueError("mix computes weights: leave the sources' own out")
+        if self.order == "nanotron" and (weighted or self.mix or any(stage.replay for stage in self.plan)):
+            raise ValueError("order nanotron takes each window of its sources once: leave weight, mix and replay out")
+        if self.nanotron_tail is not None and self.stages is not None and self.order != "nanotron":
+            raise ValueError("nanotron_tail fills the last step of every stage in order nanotron only")
+        return self
 
 
 class BudgetSettings(Settings):
@@ -347,7 +404,8 @@ class RunConfig(Settings):
                     f"data.nanotron_tail: global_batch ({self.global_batch}) is not a multiple of its processes times its "
                     f"micro_batch ({tail.processes * tail.micro_batch})"
                 )
-            if self.budget.windows is None and self.budget.tokens is None:
+            counted = self.data.order == "nanotron"  # a stage ends where its sources do
+            if not counted and self.budget.windows is None and self.budget.tokens is None:
                 raise ValueError(
                     "data.nanotron_tail: give budget.windows or budget.tokens, the stage without its copies"
                 )

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from hyperllama.config import RunConfig, validated
+from hyperllama.data.build import build_shards
 from hyperllama.data.sample import write_corpus
-from hyperllama.data.shards import build_shards
 from hyperllama.data.tokenizer import train_tokenizer
 
 LANGUAGES = ("eng", "swe")

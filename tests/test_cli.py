@@ -329,7 +329,7 @@ def test_weights_with_nan_are_not_merged(refuse, model, tmp_path):
     refuse("merge", tmp_path / "merge.yaml", tmp_path / "out", parts=["model.norm.weight"])
 
 
-def test_ctrl_c_in_the_middle_of_building_leaves_nothing(study, tmp_path):
+def test_ctrl_c_in_the_middle_of_building_leaves_nothing_but_what_goes_on(run, study, tmp_path):
     text = tmp_path / "long.jsonl"
     line = (study / "corpus" / "text" / "eng" / "train.jsonl").read_text()
     text.write_text(line * 400)
@@ -346,13 +346,68 @@ def test_ctrl_c_in_the_middle_of_building_leaves_nothing(study, tmp_path):
         [sys.executable, "-m", "hyperllama", *command], stderr=subprocess.PIPE, text=True, env=os.environ
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.*")):
+    while not list(tmp_path.glob(".out.work/plan.json")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.work", "long.jsonl"]
+    text.write_text(line)  # another text: what was done for the old one is not used
+    assert run(*command, "--processes", 1).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl", "out"]
+
+
+def test_a_data_recipe_with_overrides_builds_what_inspect_and_mixture_show(run, refuse, study, tmp_path):
+    text = study / "corpus" / "text" / "swe" / "train.jsonl"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(text.read_text() + "{\n")
+    recipe = {"out": "never", "tokenizer": str(study / "tokenizer.model"), "sources": [{"files": str(bad)}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    build = ("data", "build", tmp_path / "r.yaml", f"out={tmp_path / 'swe'}")
+    refuse(*build, parts=["bad.jsonl line", "is not JSON"])
+    assert run(*build, "damaged=skip", "--dry-run").code == 0 and not (tmp_path / "swe").exists()
+    built = run(*build, "damaged=skip", "sources.0.documents=20", "--json").json
+    assert (built["documents"], built["damaged"]) == (20, 1)
+    shown = run("data", "inspect", tmp_path / "swe", "--json").json
+    assert shown["bad_documents"] == 0 and "bad.jsonl line" in shown["damaged"][0]
+    of_text = run("data", "inspect", bad, "--json").json
+    assert of_text["damaged"] == 1 and of_text["languages"]["swe"]["documents"] == len(text.read_text().splitlines())
+    rows = run(
+        "data", "mixture", tmp_path / "swe", study / "shards" / "eng", "--by", "unimax", "--budget", 1000, "--json"
+    )
+    assert [row["taken_tokens"] for row in rows.json] == [500, 500]
+    assert "swe" in run("data", "mixture", tmp_path / "swe").out
+    refuse("data", "mixture", tmp_path / "swe", "--by", "unimax", parts=["needs a budget"])
+    refuse("data", "build", text, parts=["--out"])
+    refuse("data", "build", tmp_path / "r.yaml", "source=1", parts=["unknown key source", "sources"])
+
+
+def test_several_models_are_compared_on_text_pairs_and_facts(run, refuse, study, model, tmp_path):
+    other = tmp_path / "grown"
+    assert run("grow", model, other).code == 0
+    corpus = study / "corpus"
+    texts = [corpus / "text" / language / "dev.jsonl" for language in ("eng", "swe")]
+    pairs = corpus / "minimal_pairs" / "eng.jsonl"
+    for kind, rows in {
+        "patterns": [{"pattern": "[X] is [Y]"}, {"pattern": "[Y] of [X]"}],
+        "tuples": [{"sub_label": "a", "obj_label": "b"}, {"sub_label": "c", "obj_label": "d"}],
+    }.items():
+        (tmp_path / "facts" / kind / "eng").mkdir(parents=True)
+        (tmp_path / "facts" / kind / "eng" / "P1.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    measures = ("--text", *texts, "--pairs", pairs, "--facts", tmp_path / "facts")
+    csv = tmp_path / "out.csv"
+    result = run("eval", model, other, *measures, "--csv", csv, "--quiet", "--json").json
+    assert [entry["model"] for entry in result["models"]] == [str(model), str(other)]
+    assert len(result["text"]) == 4 and len(result["tests"]) == 1
+    assert max(abs(row["change"]) for row in result["text"]) < 1e-4  # a clone without noise is the same function
+    assert len(csv.read_text().splitlines()) == 5 and (tmp_path / "out-pairs.csv").exists()
+    assert result["models"][0]["facts"][str(tmp_path / "facts")]["languages"]["eng"]["facts"] == 2
+    printed = run("eval", model, other, *measures, "--by", "length", "--quiet")
+    assert printed.code == 0 and "bits per byte" in printed.out and "accuracy" in printed.out
+    refuse("eval", model, model, "--text", texts[0], parts=["is named twice"])
+    refuse("eval", model, "--pairs", pairs, "--by", "letter", parts=["by sentence, word, length", "not by 'letter'"])
+    refuse("eval", model, "--facts", tmp_path / "facts", "--csv", csv, parts=["--csv is for"])
 
 
 def test_runs_draws_what_it_compares(refuse, run, model, tmp_path):

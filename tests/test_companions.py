@@ -12,7 +12,7 @@ from hyperllama.arena import Arena
 from hyperllama.checkpoint import checkpoints, load, slices, verify
 from hyperllama.companions import ADAM_V, TOKEN_COUNTS, CompanionFile, merged_counts
 from hyperllama.config import load_run
-from hyperllama.data.shards import build_shards
+from hyperllama.data.build import build_shards
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
 from hyperllama.grow.folder import grow_folder

@@ -1,18 +1,18 @@
 """From text files to training batches.
 
-    .txt .jsonl (.gz)     files and folders of text                              text.py
-          |  iter_documents: one at a time, errors name file and line
+    .txt .jsonl .parquet  files, globs, folders, datasets by name                 text.py, datasets.py
+          |  iter_documents: one at a time, errors name file and record
           v
-      documents           text, language
-          |  Tokenizer.encode_batch: no BOS, lossless                            tokenizer.py
+      documents           text, language, id
+          |  a recipe's choice: ids, copies, shuffling, budgets                  recipe.py
           v
-       tokens             each document's tokens + EOS, one after another
-          |  build_shards: streaming, hashed, atomic                             shards.py
-          v
+       tokens             each document's tokens + EOS, one after another         tokenizer.py
+          |  build: many processes, resumable, hashed, atomic                    build.py
+          v                                         (datatrove's .ds files:      ds.py)
        shards             [d0 d0 d0 E d1 E d2 d2 d2 d2 d2 E d3 ...]   uint16 or uint32, memory mapped
-          |  cut into windows of T+1 tokens, none overlapping
+          |  cut into windows of T+1 tokens, none overlapping                    shards.py
           v
-       mixture            global window i -> (source, window of that source)     mixture.py
+       mixture            global window i -> (source, window of that source)     mixture.py, weights.py, stages.py
           |  a pure function of (seed, i): weights kept, each window once per epoch
           |  (the last step of a stage, where asked, as nanotron fills it: tail.py)
           v

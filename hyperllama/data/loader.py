@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperllama.data.mixture import Mixture
+from hyperllama.data.mixture import Windows
 from hyperllama.errors import HyperLlamaError
 
 IGNORE = -100  # a target that has no loss
@@ -53,7 +53,7 @@ class Loader:
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Windows,
         global_batch: int,
         rank: int = 0,
         world: int = 1,

@@ -80,20 +80,24 @@ class Source:
     max_epochs: float | None = None
 
 
-class Mixture:
-    """Sources, window length and seed: everything that decides which tokens are window i.
+class Windows:
+    """Windows of several sources in some order: what a run reads. Which source and window come i-th is a subclass's `locate`.
 
-    Attributes: `sources`, `seq_len`, `seed`, `tail` (of a stage as nanotron ends it), `windows` (in each source), `languages`
-    (sorted tags), `eos_id`, `vocab_size`, `fingerprint` (hex SHA-256 over all that decides the order and the tokens).
+    Attributes: `sources`, `seq_len`, `windows` (windows in each source), `languages` (sorted tags), `eos_id`, `vocab_size`,
+    `shares` (of each source, fractions), `fingerprint` (hex SHA-256 over all that decides the order and the tokens).
     Raises HyperLlamaError for sources that cannot be mixed, naming them.
     """
 
-    def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, tail: Tail | None = None) -> None:
+    shares: tuple[Fraction, ...]
+    fingerprint: str
+    tail: Tail | None = None
+
+    def __init__(self, sources: Sequence[Source], seq_len: int) -> None:
         if not sources:
             raise HyperLlamaError("a mixture needs at least one source")
         if seq_len < 1:
             raise HyperLlamaError(f"seq_len must be at least 1, not {seq_len}")
-        self.sources, self.seq_len, self.seed, self.tail = tuple(sources), seq_len, seed, tail
+        self.sources, self.seq_len = tuple(sources), seq_len
         tokenizer = sources[0].shards.manifest["tokenizer"]
         for source in sources:
             shards = source.shards
@@ -108,11 +112,94 @@ class Mixture:
                 )
             if shards.manifest["tokenizer"]["fingerprint"] != tokenizer["fingerprint"]:
                 raise HyperLlamaError(f"{shards.path} and {sources[0].shards.path} were made with different tokenizers")
+            if shards.eos_id != tokenizer["eos_id"]:
+                raise HyperLlamaError(
+                    f"documents end in other tokens in {shards.path} than in {sources[0].shards.path}"
+                )
         self.windows = tuple(source.shards.num_windows(seq_len) for source in sources)
         self.languages = tuple(sorted({tag for source in sources for tag in source.shards.languages}))
         self.eos_id: int = tokenizer["eos_id"]
         self.vocab_size: int = tokenizer["vocab_size"]
 
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and window within it of each global window in `index` (N,); two (N,) int64 arrays."""
+        raise NotImplementedError
+
+    def counts(self, total_windows: int) -> np.ndarray:
+        """Draws of each source in the first `total_windows` windows, (sources,) int64."""
+        raise NotImplementedError
+
+    def describe(self, total_windows: int) -> dict[str, dict[str, Any]]:
+        """What a run of `total_windows` takes from each source, by name.
+
+        Keys: windows (drawn), tokens (targets, windows * T), epochs, available (windows in the source), share.
+        """
+        return {
+            source.name: {
+                "windows": int(count),
+                "tokens": int(count) * self.seq_len,
+                "epochs": int(count) / available,
+                "available": available,
+                "share": float(share),
+            }
+            for source, count, available, share in zip(
+                self.sources, self.counts(total_windows), self.windows, self.shares, strict=True
+            )
+        }
+
+    def check(self, total_windows: int) -> None:
+        """Raise HyperLlamaError when a run of `total_windows` would pass a source's `max_epochs`."""
+        for source, row in zip(self.sources, self.describe(total_windows).values(), strict=True):
+            if source.max_epochs is not None and row["epochs"] > source.max_epochs:
+                raise HyperLlamaError(
+                    f"source {source.name!r} has {row['available']} windows of {self.seq_len + 1} tokens and may be "
+                    f"read {source.max_epochs} times, but the run needs {row['windows']} ({row['epochs']:.2f} epochs): "
+                    "lower its weight, shorten the run or raise max_epochs"
+                )
+
+    def language_tokens(self, source: np.ndarray, window: np.ndarray) -> np.ndarray:
+        """Targets by language of located windows, (N, len(languages)) int64; each row sums to T."""
+        out = np.zeros((len(source), len(self.languages)), dtype=np.int64)
+        for s in np.unique(source):
+            shards, rows = self.sources[s].shards, np.flatnonzero(source == s)
+            columns = np.array([self.languages.index(tag) for tag in shards.languages])
+            out[rows[:, None], columns] = shards.language_tokens(window[rows], self.seq_len)
+        return out
+
+    def tokens_by_language(self, first_window: int, count: int) -> dict[str, int]:
+        """Targets by language in the global windows [first_window, first_window + count), without reading them."""
+        total = np.zeros(len(self.languages), dtype=np.int64)
+        for start in range(first_window, first_window + count, 1 << 16):
+            index = np.arange(start, min(start + (1 << 16), first_window + count))
+            total += self.language_tokens(*self.locate(index)).sum(0)
+        return {tag: int(tokens) for tag, tokens in zip(self.languages, total, strict=True) if tokens}
+
+    def token_counts(self, windows: int) -> dict[str, np.ndarray]:
+        """How often each token id is a target in the first `windows` windows: language -> (vocab_size,) int64, exact.
+
+        Reads the windows once more, some nanoseconds a token: the counts are no state to keep through checkpoints and processes.
+        """
+        total = {tag: np.zeros(self.vocab_size, dtype=np.int64) for tag in self.languages}
+        for start in range(0, windows, 1 << 12):
+            source, window = self.locate(np.arange(start, min(start + (1 << 12), windows)))
+            for s in np.unique(source):
+                shards = self.sources[s].shards
+                for tag, counts in zip(
+                    shards.languages, shards.token_counts(window[source == s], self.seq_len), strict=True
+                ):
+                    total[tag] += counts
+        return {tag: counts for tag, counts in total.items() if counts.any()}
+
+
+class Mixture(Windows):
+    """Sources by their weights, each one's windows in another random order every epoch: see the top of the file.
+
+    `tail`: of a stage as nanotron ends it.
+    """
+
+    def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, tail: Tail | None = None) -> None:
+        super().__init__(sources, seq_len)
+        self.seed, self.tail = seed, tail
         weights = [Fraction(str(source.weight)) for source in sources]  # 0.1 means a tenth, not its nearest float
         self.shares = tuple(weight / sum(weights) for weight in weights)
         for source, share in zip(sources, self.shares, strict=True):
@@ -180,80 +267,6 @@ class Mixture:
         rest, _ = self._draws(np.arange(whole * self._round, total_windows))
         return self._quotas(whole * self._round) + np.bincount(rest, minlength=len(self.sources))
 
-    def describe(self, total_windows: int) -> dict[str, dict[str, Any]]:
-        """What a run of `total_windows` takes from each source, by name.
-
-        Keys: windows (drawn), tokens (targets, windows * T), epochs, available (windows in the source), share.
-        """
-        return {
-            source.name: {
-                "windows": int(count),
-                "tokens": int(count) * self.seq_len,
-                "epochs": int(count) / available,
-                "available": available,
-                "share": float(share),
-            }
-            for source, count, available, share in zip(
-                self.sources, self.counts(total_windows), self.windows, self.shares, strict=True
-            )
-        }
-
-    def check(self, total_windows: int) -> None:
-        """Raise HyperLlamaError when a run of `total_windows` would pass a source's `max_epochs`."""
-        for source, row in zip(self.sources, self.describe(total_windows).values(), strict=True):
-            if source.max_epochs is not None and row["epochs"] > source.max_epochs:
-                raise HyperLlamaError(
-                    f"source {source.name!r} has {row['available']} windows of {self.seq_len + 1} tokens and may be "
-                    f"read {source.max_epochs} times, but the run needs {row['windows']} ({row['epochs']:.2f} epochs): "
-                    "lower its weight, shorten the run or raise max_epochs"
-                )
-
-    def language_tokens(self, source: np.ndarray, window: np.ndarray) -> np.ndarray:
-        """Targets by language of located windows, (N, len(languages)) int64; each row sums to T."""
-        out = np.zeros((len(source), len(self.languages)), dtype=np.int64)
-        for s in np.unique(source):
-            shards, rows = self.sources[s].shards, np.flatnonzero(source == s)
-            columns = np.array([self.languages.index(tag) for tag in shards.languages])
-            out[rows[:, None], columns] = shards.language_tokens(window[rows], self.seq_len)
-        return out
-
-    def tokens_by_language(self, first_window: int, count: int) -> dict[str, int]:
-        """Targets by language in the global windows [first_window, first_window + count), without reading them."""
-        total = np.zeros(len(self.languages), dtype=np.int64)
-        for start in range(first_window, first_window + count, 1 << 16):
-            index = np.arange(start, min(start + (1 << 16), first_window + count))
-            total += self.language_tokens(*self.locate(index)).sum(0)
-        return {tag: int(tokens) for tag, tokens in zip(self.languages, total, strict=True) if tokens}
-
-    def token_counts(self, windows: int) -> dict[str, np.ndarray]:
-        """How often each token id is a target in the first `windows` windows: language -> (vocab_size,) int64, exact.
-
-        Reads the windows once more, some nanoseconds a token: the counts are no state to keep through checkpoints and processes.
-        """
-        total = {tag: np.zeros(self.vocab_size, dtype=np.int64) for tag in self.languages}
-        for start in range(0, windows, 1 << 12):
-            source, window = self.locate(np.arange(start, min(start + (1 << 12), windows)))
-            for s in np.unique(source):
-                shards = self.sources[s].shards
-                for tag, counts in zip(
-                    shards.languages, shards.token_counts(window[source == s], self.seq_len), strict=True
-                ):
-                    total[tag] += counts
-        return {tag: counts for tag, counts in total.items() if counts.any()}
-
 
 def _key(seed: int, name: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.sha256(f"{seed}{name}".encode()).digest()[:8], "little"))
-
-
-def unimax(sizes: dict[str, int], budget: int, max_epochs: float) -> dict[str, int]:
-    """Share `budget` tokens among languages of `sizes` tokens as evenly as `max_epochs` repetitions allow.
-
-    UniMax, algorithm 1 of Chung et al. 2023 (arXiv 2304.09151). The shares sum to `budget` exactly, or to every
-    language's limit when the budget is larger than that.
-    """
-    left, shares = budget, dict.fromkeys(sizes, 0)
-    for done, language in enumerate(sorted(sizes, key=lambda tag: (sizes[tag], tag))):
-        shares[language] = min(left // (len(sizes) - done), math.floor(sizes[language] * max_epochs))
-        left -= shares[language]
-    return shares

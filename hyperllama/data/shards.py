@@ -2,31 +2,31 @@
 
     manifest.json      counts per language, the tokenizer's fingerprint, the SHA-256 of every file and source
     shard-00000.bin    tokens, raw little-endian uint16 (uint32 when the vocabulary is larger than 65536); every
-    shard-00001.bin    shard but the last holds `shard_tokens` tokens; together they are one stream
+    shard-00001.bin    shard but the last holds `shard_tokens` tokens (or: file i holds `shard_lengths[i]`, see ds.py);
+                       together they are one stream
     documents.bin      where each document ends in the stream (its EOS included), raw little-endian uint64
     languages.bin      each document's language, uint8, the "index" of the language in the manifest
 
-A document is its tokens and one EOS. A window of length T is T+1 consecutive tokens of the stream: T inputs and
-T targets. Window i starts at i * (T+1), so windows never overlap and what is left at the end is never read.
+A document is its tokens and one EOS (with BOS before them where "policy" says so). A window of length T is T+1 consecutive
+tokens of the stream: T inputs and T targets. Window i starts at i * (T+1), so windows never overlap and what is left at the end
+is never read.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import hyperllama
-from hyperllama.data.text import Document, Progress, iter_documents, language_of, text_files
+from hyperllama.data.text import Progress
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
-from hyperllama.files import atomic_folder, read_json, sha256_file, write_json
+from hyperllama.files import read_json, sha256_file
 
 FORMAT = "hyperllama-shards"
 VERSION = 1
 MAX_LANGUAGES = 256  # a document's language is one byte
-_BATCH_BYTES = 1 << 22  # UTF-8 bytes of the documents tokenized at once
+_CHECKED_TOKENS = 1 << 22  # at once
 _KEYS: dict[str, type] = {
     "tokens": int,
     "documents": int,
@@ -39,125 +39,13 @@ _KEYS: dict[str, type] = {
 }
 
 
-class _HashedFile:
-    """A file that grows: what is appended goes to disk and into its size and SHA-256."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def append(self, values: np.ndarray) -> None:
-        data = values.tobytes()
-        with open(self.path, "ab") as file:
-            file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-
-
-def build_shards(
-    texts: Iterable[str | Path],
-    tokenizer: Tokenizer,
-    out: str | Path,
-    *,
-    language: str | None = None,
-    shard_tokens: int = 2**27,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Tokenize `texts` (files and folders) into the new shard folder `out` and return its manifest.
-
-    A document's language is its own tag, else `language`, else the name of its folder if known, else "und". Memory
-    holds a few MiB of text (or the longest document), however large the corpus. The same inputs give the same bytes.
-    Raises HyperLlamaError when `out` exists, a text is bad (see iter_documents) or the tokenizer has no EOS.
-    """
-    if tokenizer.eos_id is None:
-        raise HyperLlamaError(f"tokenizer {tokenizer.path} has no EOS token, which every document in a shard ends with")
-    if shard_tokens < 1:
-        raise HyperLlamaError(f"shard_tokens must be at least 1, not {shard_tokens}")
-    files = text_files(texts)
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    languages: dict[str, dict[str, int]] = {}
-    tokens = 0
-    with atomic_folder(out) as folder:
-        shards: list[_HashedFile] = []
-        ends_file, tags_file = (_HashedFile(folder / name) for name in ("documents.bin", "languages.bin"))
-        for documents in _batches(iter_documents(files, progress=progress)):
-            encoded = tokenizer.encode_batch([document.text for document in documents])
-            lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
-            pairs = zip(documents, lengths.tolist(), strict=True)
-            tags = [_count(languages, document, language, length) for document, length in pairs]
-            stream = np.array([token for ids in encoded for token in (*ids, tokenizer.eos_id)], dtype=_on_disk(dtype))
-            ends_file.append((tokens + np.cumsum(lengths)).astype("<u8"))
-            tags_file.append(np.array(tags, dtype=np.uint8))
-            while len(stream):
-                place = tokens % shard_tokens
-                if place == 0:
-                    shards.append(_HashedFile(folder / _shard_name(len(shards))))
-                piece, stream = stream[: shard_tokens - place], stream[shard_tokens - place :]
-                shards[-1].append(piece)
-                tokens += len(piece)
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "dtype": dtype,
-            "tokens": tokens,
-            "documents": sum(counts["documents"] for counts in languages.values()),
-            "bytes": sum(counts["bytes"] for counts in languages.values()),
-            "shard_tokens": shard_tokens,
-            "policy": {"bos": False, "eos": True},
-            "languages": languages,
-            "tokenizer": {
-                "fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "eos_id": tokenizer.eos_id,
-                "name": tokenizer.path.name,
-            },
-            "files": {
-                file.path.name: {"sha256": file.digest.hexdigest(), "bytes": file.size}
-                for file in (*shards, ends_file, tags_file)
-            },
-            "sources": [
-                {"name": f"{file.resolve().parent.name}/{file.name}", "sha256": sha256_file(file)} for file in files
-            ],
-            "code_version": hyperllama.__version__,
-        }
-        write_json(folder / "manifest.json", manifest)
-    return manifest
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents until their text passes _BATCH_BYTES."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.num_bytes
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _count(languages: dict[str, dict[str, int]], document: Document, language: str | None, tokens: int) -> int:
-    """Add a document to its language's counts and return the language's index."""
-    tag = language_of(document, language)
-    if tag not in languages:
-        if len(languages) == MAX_LANGUAGES:
-            raise HyperLlamaError(f"{document.path}: {tag!r} is one language too many, a shard holds {MAX_LANGUAGES}")
-        languages[tag] = {"index": len(languages), "tokens": 0, "documents": 0, "bytes": 0}
-    counts = languages[tag]
-    counts["tokens"] += tokens
-    counts["documents"] += 1
-    counts["bytes"] += document.num_bytes
-    return counts["index"]
-
-
-def _shard_name(index: int) -> str:
+def shard_name(index: int) -> str:
+    """The name of a shard folder's file of tokens."""
     return f"shard-{index:05d}.bin"
 
 
-def _on_disk(dtype: str) -> np.dtype:
+def on_disk(dtype: str) -> np.dtype:
+    """The dtype of tokens in a file, little-endian on every machine."""
     return np.dtype(dtype).newbyteorder("<")
 
 
@@ -168,8 +56,8 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 
 class Shards:
     """A shard folder, memory mapped. Attributes: `path`, `manifest`, `tokens`, `vocab_size`, `eos_id`,
-    `fingerprint` (hex SHA-256 over the files' hashes), `languages` (tags by index), `document_ends` (documents,)
-    int64, `document_languages` (documents,) uint8."""
+    `fingerprint` (hex SHA-256 over the files' hashes), `languages` (tags by index), `shard_lengths` (tokens of each file),
+    `document_ends` (documents,) int64, `document_languages` (documents,) uint8."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -180,9 +68,10 @@ class Shards:
         self.languages = tuple(sorted(manifest["languages"], key=lambda tag: manifest["languages"][tag]["index"]))
         listing = "".join(f"{name} {file['sha256']}\n" for name, file in sorted(manifest["files"].items()))
         self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()
-        self._shard_tokens: int = manifest["shard_tokens"]
-        dtype, files = _on_disk(manifest["dtype"]), range(-(-self.tokens // self._shard_tokens))
-        self._shards = [_map(path / _shard_name(index), dtype) for index in files]
+        self.shard_lengths = _shard_lengths(manifest)
+        self._shard_ends = np.cumsum(self.shard_lengths)
+        dtype = on_disk(manifest["dtype"])
+        self._shards = [_map(path / shard_name(index), dtype) for index in range(len(self.shard_lengths))]
         # Offsets are below 2^63; one signed type keeps NumPy from comparing uint64 with int64 as floats.
         self.document_ends = _map(path / "documents.bin", np.dtype("<i8"))
         self.document_languages = _map(path / "languages.bin", np.dtype(np.uint8))
@@ -204,6 +93,10 @@ class Shards:
         """How many windows of `seq_len` + 1 tokens there are."""
         return self.tokens // (seq_len + 1)
 
+    def starts(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """Where the windows at `indices` (N,) begin in the stream, (N,) int64."""
+        return np.asarray(indices, dtype=np.int64) * (seq_len + 1)
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the stream, (count,) int64."""
         out = np.empty((1, count), dtype=np.int64)
@@ -213,7 +106,7 @@ class Shards:
     def windows(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
         """The windows at `indices` (N,), as (N, seq_len + 1) int64."""
         out = np.empty((len(indices), seq_len + 1), dtype=np.int64)
-        self._fill(out, np.asarray(indices, dtype=np.int64) * (seq_len + 1))
+        self._fill(out, self.starts(indices, seq_len))
         return out
 
     def window(self, index: int, seq_len: int) -> np.ndarray:
@@ -229,23 +122,40 @@ class Shards:
         if len(starts) and not (starts.min() >= 0 and starts.max() + count <= self.tokens):
             raise IndexError(f"tokens outside the {self.tokens} of {self.path}")
         for row, start in zip(out, starts.tolist(), strict=True):
-            done = 0
+            done, shard = 0, int(np.searchsorted(self._shard_ends, start, side="right"))
             while done < count:
-                shard, place = divmod(start + done, self._shard_tokens)
+                place = start + done - (int(self._shard_ends[shard]) - self.shard_lengths[shard])
                 piece = self._shards[shard][place : place + count - done]
                 row[done : done + len(piece)] = piece
-                done += len(piece)
+                done, shard = done + len(piece), shard + 1
         if out.size and out.max() >= self.vocab_size:
             raise HyperLlamaError(
                 f"{self.path} holds token id {out.max()}, which is not below its vocabulary size {self.vocab_size}"
             )
+
+    def bad_documents(self) -> int:
+        """How many documents do not end in EOS, have one inside, or hold a token outside the vocabulary; reads everything."""
+        bad = np.zeros(len(self.document_ends), dtype=bool)
+        for end, shard in zip(self._shard_ends.tolist(), self._shards, strict=True):
+            for low in range(0, len(shard), _CHECKED_TOKENS):
+                tokens = shard[low : low + _CHECKED_TOKENS]
+                first = end - len(shard) + low
+                last = np.zeros(len(tokens), dtype=bool)
+                here = np.searchsorted(self.document_ends, [first, first + len(tokens)], side="right")
+                ends = self.document_ends[
+                    here[0] : here[1]
+                ]  # ends in (first, first + len]; the token before is the last
+                last[ends - 1 - first] = True
+                wrong = np.flatnonzero(((tokens == self.eos_id) != last) | (tokens >= self.vocab_size))
+                bad[np.searchsorted(self.document_ends, wrong + first, side="right")] = True
+        return int(bad.sum())
 
     def language_tokens(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
         """Targets of each window by language of the document they are in, (N, len(languages)) int64; rows sum to T."""
         count, width = len(indices), len(self.languages)
         if width == 1 or count == 0:
             return np.full((count, width), seq_len, dtype=np.int64)
-        low = np.asarray(indices, dtype=np.int64) * (seq_len + 1) + 1  # the first token is only ever an input
+        low = self.starts(indices, seq_len) + 1  # the first token is only ever an input
         high = low + seq_len
         first = np.searchsorted(self.document_ends, low, side="right")  # document d holds [ends[d-1], ends[d])
         last = np.searchsorted(self.document_ends, high - 1, side="right")
@@ -262,10 +172,37 @@ class Shards:
         """How often each token id is a target of these windows, by its document's language: (languages, vocab_size) int64."""
         targets, width = self.windows(indices, seq_len)[:, 1:], len(self.languages)
         if width > 1:
-            positions = np.asarray(indices, dtype=np.int64)[:, None] * (seq_len + 1) + np.arange(1, seq_len + 1)
+            positions = self.starts(indices, seq_len)[:, None] + np.arange(1, seq_len + 1)
             document = np.searchsorted(self.document_ends, positions, side="right")
             targets = targets + self.document_languages[document].astype(np.int64) * self.vocab_size
         return np.bincount(targets.reshape(-1), minlength=width * self.vocab_size).reshape(width, self.vocab_size)
+
+
+class FileShards(Shards):
+    """Shards whose windows lie within files, none across two: a file's last tokens that fill no window are not read.
+
+    The files come in a permutation by NumPy's generator of `seed`, each one's windows in order: nanotron's reading of `.ds`.
+    """
+
+    def __init__(self, shards: Shards, seed: int) -> None:
+        super().__init__(shards.path, shards.manifest)
+        self.order = np.random.default_rng(seed).permutation(len(self.shard_lengths))
+
+    def num_windows(self, seq_len: int) -> int:
+        """How many windows of `seq_len` + 1 tokens the files hold."""
+        return sum(length // (seq_len + 1) for length in self.shard_lengths)
+
+    def starts(self, indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """Where the windows at `indices` (N,) begin in the stream, (N,) int64."""
+        lengths = np.array(self.shard_lengths)[self.order]
+        ends = np.cumsum(lengths // (seq_len + 1))
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not (indices.min() >= 0 and indices.max() < ends[-1]):
+            raise IndexError(f"windows outside the {ends[-1]} of {self.path}")
+        place = np.searchsorted(ends, indices, side="right")
+        file = self.order[place]
+        first = ends[place] - lengths[place] // (seq_len + 1)
+        return self._shard_ends[file] - lengths[place] + (indices - first) * (seq_len + 1)
 
 
 def check_tokenizer(shards: Shards, tokenizer: Tokenizer) -> None:
@@ -284,15 +221,18 @@ def inspect(
 ) -> dict[str, Any]:
     """What is in a shard folder: the manifest's counts, each file's state, document lengths, sample texts.
 
-    Keys: tokens, documents, bytes, dtype, tokenizer, languages; files {name: "ok" or what is wrong}; and, when no
-    file is damaged, lengths {largest length in tokens, a power of two: documents} and, with a tokenizer, samples
-    [{language, tokens, text}] (the first 256 tokens of `samples` documents spread over the stream).
+    Keys: tokens, documents, bytes, dtype, tokenizer, languages; damaged (records of the text that were left out, the first
+    of each file); files {name: "ok" or what is wrong}; and, when no file is damaged, lengths {largest length in tokens, a
+    power of two: documents}, bad_documents (how many do not end in EOS, have one inside, or a token outside the
+    vocabulary) and, with a tokenizer, samples [{language, tokens, text}] (the first 256 tokens of `samples` documents
+    spread over the stream).
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
     damages = _check_files(folder, manifest, True, progress)
     keys = ("tokens", "documents", "bytes", "dtype", "tokenizer", "languages")
     report: dict[str, Any] = {key: manifest[key] for key in keys}
+    report["damaged"] = [sentence for source in manifest.get("sources", []) for sentence in source.get("damages", [])]
     report["files"] = {name: damage or "ok" for name, damage in damages.items()}
     if any(damages.values()):
         return report
@@ -300,6 +240,7 @@ def inspect(
     lengths = np.diff(shards.document_ends, prepend=0)
     powers, counts = np.unique(np.ceil(np.log2(lengths)).astype(np.int64), return_counts=True)
     report["lengths"] = {int(2**power): int(count) for power, count in zip(powers, counts, strict=True)}
+    report["bad_documents"] = shards.bad_documents()
     if tokenizer is not None:
         check_tokenizer(shards, tokenizer)
         report["samples"] = []
@@ -331,13 +272,23 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _shard_lengths(manifest: dict[str, Any]) -> list[int]:
+    """Tokens of each file: as listed, or all `shard_tokens` but the last."""
+    if "shard_lengths" in manifest:
+        return list(manifest["shard_lengths"])
+    tokens, step = manifest["tokens"], manifest["shard_tokens"]
+    return [min(step, tokens - start) for start in range(0, tokens, step)]
+
+
 def _check_files(folder: Path, manifest: dict[str, Any], verify: bool, progress: Progress | None) -> dict[str, str]:
     """What is wrong with each file the manifest implies: "" when nothing is."""
     width = {"uint16": 2, "uint32": 4}.get(manifest["dtype"])
     if width is None or manifest["shard_tokens"] < 1 or manifest["tokens"] < 1:
         raise HyperLlamaError(f"{folder / 'manifest.json'} is damaged: dtype, tokens or shard_tokens make no sense")
-    step, tokens = manifest["shard_tokens"], manifest["tokens"]
-    sizes = {_shard_name(i): min(step, tokens - start) * width for i, start in enumerate(range(0, tokens, step))}
+    lengths = _shard_lengths(manifest)
+    if sum(lengths) != manifest["tokens"] or min(lengths) < 1:
+        raise HyperLlamaError(f'{folder / "manifest.json"} is damaged: "shard_lengths" do not add up to "tokens"')
+    sizes = {shard_name(i): length * width for i, length in enumerate(lengths)}
     sizes |= {"documents.bin": 8 * manifest["documents"], "languages.bin": manifest["documents"]}
     if set(sizes) != set(manifest["files"]):
         raise HyperLlamaError(f'{folder / "manifest.json"} is damaged: "files" must list {", ".join(sorted(sizes))}')

@@ -39,10 +39,11 @@ class Tokenizer:
     _space: str | None  # what tokens write for the space, where decoding one token alone would drop it
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Path, threads: int | None = None) -> "Tokenizer":
         """Load `*.model` (sentencepiece), `*.json` (tokenizers), or a folder with tokenizer.model or tokenizer.json.
 
-        A folder with both is read as sentencepiece. Raises HyperLlamaError when there is no such file or it is damaged.
+        A folder with both is read as sentencepiece. threads: of encode_batch, for sentencepiece (the tokenizers library reads
+        TOKENIZERS_PARALLELISM); default: all cores. Raises HyperLlamaError when there is no such file or it is damaged.
         """
         path = Path(path)
         if path.is_dir():
@@ -58,12 +59,12 @@ class Tokenizer:
         self.path = path
         self.fingerprint = sha256_file(path)
         if path.suffix == ".model":
-            self._load_sentencepiece()
+            self._load_sentencepiece(threads)
         else:
             self._load_json()
         return self
 
-    def _load_sentencepiece(self) -> None:
+    def _load_sentencepiece(self, threads: int | None) -> None:
         try:
             model: Any = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
@@ -74,7 +75,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = (None if i < 0 else i for i in (model.bos_id(), model.eos_id()))
         self._tokens = [model.id_to_piece(i) for i in range(self.vocab_size)]
         self._space = "\u2581"
-        self._encode = model.encode
+        self._encode = lambda texts: model.encode(texts, num_threads=threads or -1)
         self._decode = model.decode
 
     def _load_json(self) -> None:

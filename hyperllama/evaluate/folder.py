@@ -1,6 +1,7 @@
 """Evaluation of a Hugging Face model folder, ours or foreign, with the tokenizer that lies in it."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from hyperllama.arena import Arena
 from hyperllama.data.text import text_files
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
-from hyperllama.evaluate.pairs import evaluate_pairs
+from hyperllama.evaluate.facts import evaluate_facts, read_facts
+from hyperllama.evaluate.pairs import PairScores, check_way, read_pairs, score_pairs
 from hyperllama.evaluate.score import start_token
-from hyperllama.evaluate.text import evaluate_text
+from hyperllama.evaluate.text import TextScores, score_text
 from hyperllama.files import read_json
 from hyperllama.hub import model_config, open_folder, read_weights
 from hyperllama.model import Llama
@@ -49,23 +51,59 @@ def folder_start(path: str | Path, tokenizer: Tokenizer) -> int:
     return start_token(tokenizer)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a model folder was measured to be: scores by file; facts as evaluate_facts gives them, by folder."""
+
+    name: str
+    texts: dict[str, TextScores]
+    pairs: dict[str, PairScores]
+    facts: dict[str, dict[str, Any]]
+    flops: int
+
+    def summary(self) -> dict[str, Any]:
+        """{"model": path, "texts": {file: see TextScores}, "pairs": {file: see PairScores}, "facts": if any, "flops": int}."""
+        parts = {
+            "texts": {file: score.summary() for file, score in self.texts.items()},
+            "pairs": {file: score.summary() for file, score in self.pairs.items()},
+        }
+        for summaries in parts.values():
+            for summary in summaries.values():
+                del summary["flops"]
+        return {"model": self.name, **parts, **({"facts": self.facts} if self.facts else {}), "flops": self.flops}
+
+
 def evaluate_folder(
+    path: str | Path, texts: Iterable[str | Path], pairs: Iterable[str | Path], **options: Any
+) -> dict[str, Any]:
+    """Evaluate a model folder: see Measured.summary; arguments and errors as in measure_folder."""
+    return measure_folder(path, texts, pairs, **options).summary()
+
+
+def measure_folder(
     path: str | Path,
     texts: Iterable[str | Path],
     pairs: Iterable[str | Path],
     *,
+    facts: Iterable[str | Path] = (),
+    by: str = "sentence",
     seq_len: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Evaluate a model folder on text files (or folders of them) and files of minimal pairs.
+) -> Measured:
+    """Measure a model folder on text files (or folders of them), files of minimal pairs and folders of facts.
 
-    Returns {"model": path, "texts": {file: see evaluate_text}, "pairs": {file: see evaluate_pairs}, "flops": int};
-    FLOPs are those of all forward passes together, in the causal convention, padding left out. `progress(done, total)`
-    counts bytes.
-    Raises HyperLlamaError like load_folder, evaluate_text and evaluate_pairs.
+    by: how pairs and facts are compared, see pairs.py (facts: by sentence where pairs are by word). FLOPs are those of all
+    forward passes together, in the causal convention, padding left out. `progress(done, total)` counts bytes.
+    Raises HyperLlamaError like load_folder, score_text, score_pairs and evaluate_facts.
     """
+    check_way(by)
+    pairs, facts = list(pairs), list(facts)
+    for file in pairs:  # mistakes are found before hours of work
+        read_pairs(file)
+    for folder in facts:
+        read_facts(folder)
     model, tokenizer = load_folder(path, dtype=dtype, device=device)
     start = folder_start(path, tokenizer)
     sizes = {Path(text): sum(file.stat().st_size for file in text_files([text])) for text in texts}
@@ -76,13 +114,17 @@ def evaluate_folder(
         if progress is not None:
             progress(before + done, total)
 
-    text_results, pair_results = {}, {}
+    text_scores, pair_scores, fact_results = {}, {}, {}
     for text, size in sizes.items():
-        text_results[str(text)] = evaluate_text(model, tokenizer, text, start=start, seq_len=seq_len, progress=report)
+        text_scores[str(text)] = score_text(model, tokenizer, text, start=start, seq_len=seq_len, progress=report)
         before += size
     for file, size in pair_sizes.items():
-        pair_results[str(file)] = evaluate_pairs(model, tokenizer, file, start=start, seq_len=seq_len)
+        pair_scores[str(file)] = score_pairs(model, tokenizer, file, by=by, start=start, seq_len=seq_len)
         before += size
         report(0, total)
-    flops = sum(result.pop("flops") for result in [*text_results.values(), *pair_results.values()])
-    return {"model": str(path), "texts": text_results, "pairs": pair_results, "flops": flops}
+    for folder in facts:
+        ranked_by = "sentence" if by == "word" else by
+        fact_results[str(folder)] = evaluate_facts(model, tokenizer, folder, by=ranked_by, start=start, seq_len=seq_len)
+    flops = sum(scores.flops for scores in text_scores.values()) + sum(scores.flops for scores in pair_scores.values())
+    flops += sum(result.pop("flops") for result in fact_results.values())
+    return Measured(str(path), text_scores, pair_scores, fact_results, flops)

@@ -1,5 +1,7 @@
 """Text from a prompt, one token at a time; the whole window is computed anew for each, so it can slide."""
 
+from collections.abc import Sequence
+
 import torch
 
 from hyperllama.data.tokenizer import Tokenizer
@@ -18,12 +20,15 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     start: int | None = None,
+    stop: Sequence[str] = (),
+    begin: bool = True,
 ) -> str:
-    """Continue `prompt` by up to `max_tokens` tokens, or until EOS; returns the continuation alone.
+    """Continue `prompt` by up to `max_tokens` tokens, or until EOS or a text of `stop`; returns the continuation alone, in
+    front of that text.
 
     `temperature` 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature) in fp64 with
-    `seed`. `start` stands before the prompt (default: see start_token); what is further back than the model's window is
-    forgotten. Raises HyperLlamaError for a negative temperature.
+    `seed`. `start` stands before the prompt (default: see start_token; nothing where `begin` is false and there is a
+    prompt); what is further back than the model's window is forgotten. Raises HyperLlamaError for a negative temperature.
     """
     if not temperature >= 0:
         raise HyperLlamaError(f"temperature is {temperature}; a number of at least 0 was expected")
@@ -34,7 +39,13 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     window, device = model.config.max_position_embeddings, model.arena.weights.device
     before = tokenizer.encode(prompt)
-    ids = [start_token(tokenizer) if start is None else start, *before]
+    first = [start_token(tokenizer) if start is None else start] if begin or not before else []
+    ids = [*first, *before]
+
+    def text() -> str:
+        # some tokenizers decode the first word without its space: decode the whole and cut the prompt off
+        return tokenizer.decode(ids[len(first) :])[len(tokenizer.decode(before)) :]
+
     for _ in range(max_tokens):
         hidden = model(torch.tensor([ids[-window:]], device=device))
         logits = model.logits(hidden[0, -1]).double().cpu()[: tokenizer.vocab_size]
@@ -47,5 +58,7 @@ def generate(
         if token == tokenizer.eos_id:
             break
         ids.append(token)
-    # some tokenizers decode the first word without its space: decode the whole and cut the prompt off
-    return tokenizer.decode(ids[1:])[len(tokenizer.decode(before)) :]
+        found = [at for at in map(text().find, stop) if at >= 0] if stop else []
+        if found:
+            return text()[: min(found)]
+    return text()

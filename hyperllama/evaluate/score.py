@@ -127,3 +127,54 @@ def _tensors(batch: list[Window], texts: list[tuple[int, ...]], device: torch.de
         ids[row, : end - begin] = text[:-1]
         targets[row, first - begin : end - begin] = text[first - begin + 1 :]
     return ids.to(device), targets.to(device)
+
+
+LOGITS = 1 << 24  # of score_continuations, held at once
+
+
+@torch.no_grad()
+def score_continuations(
+    model: Llama,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    seq_len: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[tuple[float, bool]]:
+    """Log-probability in nats of each continuation after its context, both tokens, and whether it is the likeliest at every token.
+
+    Of a context and continuation longer than a window, the last `seq_len` + 1 tokens count; an equal request is computed once.
+    Raises HyperLlamaError for a request without a context token, for a continuation longer than a window, and when a logit is
+    not finite.
+    """
+    rows = []
+    for context, continuation in requests:
+        if not context:
+            raise HyperLlamaError("a continuation without context has no first token: give the start token as context")
+        if len(continuation) > seq_len:
+            raise HyperLlamaError(f"a continuation of {len(continuation)} tokens does not fit a window of {seq_len}")
+        rows.append(((*context, *continuation)[-(seq_len + 1) :], len(continuation)))
+    distinct = sorted(set(rows), key=lambda row: len(row[0]), reverse=True)
+    found: dict[tuple[tuple[int, ...], int], tuple[float, bool]] = {}
+    device, at = model.arena.weights.device, 0
+    while at < len(distinct):
+        batch = distinct[at : at + max(1, batch_tokens // len(distinct[at][0]))]
+        at += len(batch)
+        ids = torch.zeros(len(batch), len(batch[0][0]) - 1, dtype=torch.int64)
+        for row, (text, _) in enumerate(batch):
+            ids[row, : len(text) - 1] = torch.tensor(text[:-1])
+        hidden = model(ids.to(device))
+        for row, (text, count) in enumerate(batch):
+            total, greedy, step = 0.0, True, max(1, LOGITS // model.config.vocab_size)
+            for low in range(len(text) - 1 - count, len(text) - 1, step):
+                high = min(low + step, len(text) - 1)
+                logits = model.logits(hidden[row, low:high]).float()
+                targets = torch.tensor(text[low + 1 : high + 1], device=device)
+                own = logits.gather(1, targets[:, None])[:, 0]
+                total += float((own.double() - logits.double().logsumexp(1)).sum())
+                greedy &= bool((logits.argmax(1) == targets).all())
+            if not isfinite(total):
+                raise HyperLlamaError(
+                    "the model's logits are not finite: its weights hold NaN or infinity, or overflow"
+                )
+            found[text, count] = total, greedy
+    return [found[row] for row in rows]

@@ -23,8 +23,8 @@ from typing import Any
 import yaml
 
 from hyperllama.config import ModelConfig, RunConfig, read_yaml, validated
+from hyperllama.data.build import build_shards
 from hyperllama.data.sample import write_corpus
-from hyperllama.data.shards import build_shards
 from hyperllama.data.text import iter_documents
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
 from hyperllama.errors import HyperLlamaError

@@ -11,11 +11,13 @@ import torch
 
 from hyperllama.arena import arena_bytes, layout, sharded_bytes
 from hyperllama.companions import TOKEN_COUNTS, Companion, token_counts
-from hyperllama.config import ModelConfig, RunConfig, validated
-from hyperllama.data.mixture import Mixture, Source
+from hyperllama.config import ModelConfig, RunConfig, StageSettings, validated
+from hyperllama.data.mixture import Mixture, Source, Windows
 from hyperllama.data.shards import Shards, check_tokenizer
+from hyperllama.data.stages import Blend, Stages
 from hyperllama.data.tail import Tail
 from hyperllama.data.tokenizer import Tokenizer
+from hyperllama.data.weights import mix_weights
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
 from hyperllama.flops import Ledger, growth_quantum, window_flops, windows_for
@@ -76,7 +78,7 @@ class Plan:
     model: ModelConfig
     dtype: torch.dtype
     tokenizer: Tokenizer
-    mixture: Mixture
+    mixture: Windows
     start: Folder | None
     start_hashes: dict[str, str] | None
     ledger: Ledger
@@ -301,28 +303,48 @@ def _windows_for(flops: int, cost: int, growth: Growth | None) -> int:
     return growth.windows + (flops - before) // growth.cost
 
 
-def _mixture(config: RunConfig, tokenizer: Tokenizer) -> Mixture:
+def _mixture(config: RunConfig, tokenizer: Tokenizer) -> Windows:
     data = config.data
     verify = data.verify and os.environ.get("LOCAL_RANK", "0") == "0"  # one process a node reads every byte
-    opened = [(source, Shards.open(source.path, verify=verify)) for source in data.sources]
-    weights = [source.weight if source.weight is not None else float(shards.tokens) for source, shards in opened]
-    if len({source.weight is None for source in data.sources}) > 1:
+    paths = {source.path for stage in data.plan for source in stage.sources}
+    paths |= {stage.replay.path for stage in data.plan if stage.replay is not None}
+    shards = {path: Shards.open(path, verify=verify) for path in sorted(paths)}
+    for folder in shards.values():
+        check_tokenizer(folder, tokenizer)
+    orders = [_order(config, stage, shards) for stage in data.plan]
+    if len(orders) == 1:
+        return orders[0]
+    return Stages(orders, [(stage.start_step - 1) * config.global_batch for stage in data.plan])
+
+
+def _order(config: RunConfig, stage: StageSettings, shards: dict[str, Shards]) -> Windows:
+    """The order of one stage's windows."""
+    data, seed = config.data, config.seed if stage.seed is None else stage.seed
+    if len({source.weight is None for source in stage.sources}) > 1:
         raise HyperLlamaError("data.sources: give every source a weight, or none (then tokens decide)")
-    folders = [(shards, weight, source.max_epochs) for (source, shards), weight in zip(opened, weights, strict=True)]
-    if data.replay is not None:
-        share = data.replay.fraction / (1 - data.replay.fraction) * sum(weights)
-        folders.append((Shards.open(data.replay.path, verify=verify), share, None))
-    names = [shards.path.name for shards, _, _ in folders]  # the order hangs on names: a moved corpus keeps its order
+    opened = [shards[source.path] for source in stage.sources]
+    weights = [
+        source.weight if source.weight is not None else float(folder.tokens)
+        for source, folder in zip(stage.sources, opened, strict=True)
+    ]
+    if data.mix is not None:
+        weights = mix_weights(opened, data.mix)
+    limits = [source.max_epochs for source in stage.sources]
+    folders = list(zip(opened, weights, limits, strict=True))
+    if stage.replay is not None:
+        share = stage.replay.fraction / (1 - stage.replay.fraction) * sum(weights)
+        folders.append((shards[stage.replay.path], share, None))
+    names = [folder.path.name for folder, _, _ in folders]  # the order hangs on names: a moved corpus keeps its order
     if len(set(names)) < len(names):
-        names = [str(shards.path) for shards, _, _ in folders]
+        names = [str(folder.path) for folder, _, _ in folders]
     sources = [Source(name, *folder) for name, folder in zip(names, folders, strict=True)]
-    for source in sources:
-        check_tokenizer(source.shards, tokenizer)
+    if data.order == "nanotron":
+        return Blend(sources, data.seq_len, seed, config.global_batch, data.nanotron_tail)
     tail, wanted = None, data.nanotron_tail
     if wanted is not None:
         windows = config.budget.windows or (config.budget.tokens or 0) // data.seq_len
         tail = Tail(windows, config.global_batch, wanted.processes, wanted.micro_batch)
-    return Mixture(sources, data.seq_len, config.seed, tail)
+    return Mixture(sources, data.seq_len, seed, tail)
 
 
 def counted_tokens(state: dict[str, Any], model: ModelConfig) -> dict[str, Companion]:
@@ -374,7 +396,7 @@ def _windows(config: RunConfig, cost: int, ledger: Ledger, growth: Growth | None
     return _windows_for(flops, cost, growth)
 
 
-def _run_id(config: RunConfig, mixture: Mixture, start_hashes: dict[str, str] | None, windows: int) -> str:
+def _run_id(config: RunConfig, mixture: Windows, start_hashes: dict[str, str] | None, windows: int) -> str:
     """Name and a hash of all that decides the run's result, rounding aside: the same run has the same id anywhere."""
     settings = config.model_dump(  # `windows` stands for the budget, the tokens in the mixture for the tokenizer
         exclude={
@@ -390,12 +412,16 @@ def _run_id(config: RunConfig, mixture: Mixture, start_hashes: dict[str, str] | 
             *PLACING,
         }
     )
-    for source in settings["data"]["sources"]:
-        del source["path"]  # the mixture's fingerprint stands for what the paths hold
-    if settings["data"]["replay"]:
-        del settings["data"]["replay"]["path"]
-    if settings["data"]["nanotron_tail"] is None:
-        del settings["data"]["nanotron_tail"]
+    for stage in (settings["data"], *(settings["data"]["stages"] or [])):
+        for source in stage["sources"] or []:
+            del source["path"]  # the mixture's fingerprint stands for what the paths hold
+        if stage["replay"]:
+            del stage["replay"]["path"]
+    for key, unused in (("nanotron_tail", None), ("stages", None), ("mix", None), ("order", "shuffled")):
+        if (
+            settings["data"][key] == unused
+        ):  # a run that has nothing of the kind is called as before there was such a key
+            del settings["data"][key]
     settings["init_from"] = start_hashes
     text = json.dumps([settings, mixture.fingerprint, windows], sort_keys=True)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperllama.data.shards import Shards, build_shards
+from hyperllama.data.build import build_shards
+from hyperllama.data.shards import Shards
 from hyperllama.data.tokenizer import Tokenizer
 
 

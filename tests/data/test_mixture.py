@@ -8,7 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from hyperllama.data.mixture import Mixture, Source, permute, splitmix64, unimax
+from hyperllama.data.mixture import Mixture, Source, permute, splitmix64
+from hyperllama.data.weights import unimax
 from hyperllama.errors import HyperLlamaError
 
 T = 7

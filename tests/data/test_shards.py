@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hyperllama.data.shards import Shards, build_shards, check_tokenizer, inspect
+from hyperllama.data.build import build_shards
+from hyperllama.data.shards import Shards, check_tokenizer, inspect
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
 from hyperllama.errors import HyperLlamaError
 
@@ -136,7 +137,7 @@ def test_texts_are_streamed_in_batches(make_shards, byte_tokenizer, monkeypatch:
         return encode(texts)
 
     byte_tokenizer._encode = spy
-    monkeypatch.setattr("hyperllama.data.shards._BATCH_BYTES", 100)
+    monkeypatch.setattr("hyperllama.data.units._BATCH_BYTES", 100)
     assert make_shards("batched", many(4), byte_tokenizer).manifest["files"] == whole.manifest["files"]
     assert len(sizes) > 5 and max(sizes) < 100 + 200  # one document over the limit at most
 

@@ -1,10 +1,11 @@
+import base64
 import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from hyperllama.data.text import iter_documents, language_of, text_files
+from hyperllama.data.text import Keys, file_documents, inspect_text, iter_documents, language_of, text_files
 from hyperllama.errors import HyperLlamaError
 
 LINES = [{"text": "Eitt.\nTvey.", "lang": "fao"}, {"text": "Two  ", "source": "x"}]
@@ -116,6 +117,72 @@ def test_missing_unknown_empty_and_doubled_paths_are_errors(tmp_path: Path) -> N
             list(iter_documents(paths))
 
 
+ZSTD = base64.b64decode("KLUv/QRYrQAAeHsidGV4dCI6ImhlaSJ9CgEAIs46B3Balw==")  # zstd 1.5: three times {"text":"hei"}
+NO_PYARROW = "pyarrow is not installed: zstd and parquet files were NOT tested"
+
+
+def test_zstd_files_are_read_whole_or_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason=NO_PYARROW)
+    (tmp_path / "a.jsonl.zst").write_bytes(ZSTD + ZSTD)  # two frames
+    assert [d.text for d in iter_documents(tmp_path / "a.jsonl.zst")] == ["hei"] * 6
+    for data in (ZSTD[:-5], JSONL):
+        (tmp_path / "a.jsonl.zst").write_bytes(data)
+        with pytest.raises(HyperLlamaError, match=r"a\.jsonl\.zst is not a whole zstd file"):
+            list(iter_documents(tmp_path / "a.jsonl.zst"))
+
+
+def test_parquet_rows_are_documents(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason=NO_PYARROW)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": f"row {i}" if i != 3 else " ", "lang": "fao" if i % 2 else None, "n": i} for i in range(50)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
+    documents = list(iter_documents(tmp_path / "a.parquet"))
+    assert [(d.text, d.lang, d.record) for d in documents] == [
+        (row["text"], row["lang"], i + 1) for i, row in enumerate(rows) if i != 3
+    ]
+    assert [d.text for d in file_documents(tmp_path / "a.parquet", first_record=30)] == [
+        f"row {i}" for i in range(29, 50)
+    ]
+    with pytest.raises(HyperLlamaError, match='has no column "body"; it has lang, n, text'):
+        list(iter_documents(tmp_path / "a.parquet", keys=Keys("body")))
+    with pytest.raises(HyperLlamaError, match='row 1 has no string under the key "n"'):
+        list(iter_documents(tmp_path / "a.parquet", keys=Keys("n")))
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:-9])
+    with pytest.raises(HyperLlamaError, match=r"a\.parquet is not a whole parquet file"):
+        list(iter_documents(tmp_path / "a.parquet"))
+
+
+def test_reading_from_a_record_on_gives_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"text": "{i}"}}' for i in range(9)) + "\n")
+    (tmp_path / "b.txt").write_text("a\fb\f \fc\nd\fe")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    for name in ("a.jsonl", "b.txt", "c.jsonl.gz"):
+        documents = list(file_documents(tmp_path / name))
+        for i, document in enumerate(documents):
+            assert list(file_documents(tmp_path / name, first_record=document.record)) == documents[i:]
+
+
+def test_damaged_records_can_be_skipped_and_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{"text": 1}\n\xff\n{"text": "y"}\n')
+    (tmp_path / "b.txt").write_bytes(b"one\f\n\xff\ftwo")
+    named: list[str] = []
+    assert [d.text for d in iter_documents(tmp_path, damaged=named.append)] == ["x", "y", "one", "two"]
+    assert [sentence.rsplit("/", 1)[1][:20] for sentence in named] == [
+        "a.jsonl line 2 has n", "a.jsonl line 3 is no", "b.txt line 2 is not ",
+    ]  # fmt: skip
+
+
+def test_globs_stand_for_the_text_files_they_match(tmp_path: Path) -> None:
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    for name in ("x/b.jsonl", "x/a.txt", "x/y/c.txt", "x/d.csv"):
+        (tmp_path / name).write_text("x")
+    assert [file.name for file in text_files([tmp_path / "x" / "*"])] == ["a.txt", "b.jsonl"]
+    assert [file.name for file in text_files([tmp_path / "**" / "*.txt"])] == ["a.txt", "c.txt"]
+    with pytest.raises(HyperLlamaError, match=r"\*\.gz matches no text file"):
+        text_files([tmp_path / "*.gz"])
+
+
 def test_documents_are_read_one_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(JSONL + b"not json\n")
     documents = iter_documents(tmp_path / "a.jsonl")
@@ -132,3 +199,16 @@ def test_progress_counts_the_bytes_of_all_files_to_the_end(tmp_path: Path) -> No
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert len(calls) > 2 and calls == sorted(calls)
     assert {total for _, total in calls} == {size} and calls[-1] == (size, size)
+
+
+def test_inspecting_text_counts_languages_lengths_and_damages(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(JSONL + b"{\n" + b'{"text": "\xc3\xa1\xc3\xa1", "lang": "fao"}\n')
+    report = inspect_text([tmp_path])
+    assert report["languages"] == {
+        "fao": {"documents": 2, "bytes": 15, "characters": 13},
+        "und": {"documents": 1, "bytes": 5, "characters": 5},
+    }
+    assert (report["documents"], report["bytes"], report["characters"]) == (3, 20, 18)
+    assert report["lengths"] == {2: 1, 8: 1, 16: 1}  # áá, "Two  ", "Eitt.\nTvey."
+    assert report["damaged"] == 1 and "a.jsonl line 3" in report["damages"][0]
+    assert [sample["text"] for sample in report["samples"]] == ["Eitt.\nTvey.", "Two  "]

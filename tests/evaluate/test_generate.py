@@ -49,6 +49,14 @@ def test_generation_stops_at_eos_and_at_max_tokens(make_folder, monkeypatch):
     assert generate(model, tokenizer, "the old", max_tokens=0) == ""
 
 
+def test_generation_stops_in_front_of_a_stop_text(make_folder, monkeypatch):
+    model, tokenizer = load_folder(make_folder())
+    words = tokenizer.encode(" boat lay on shore")
+    for stop, expected in (([" on"], " boat lay"), (["shore", "lay"], " boat "), (["x"], " boat lay on shore")):
+        spell(model, [*words, tokenizer.eos_id], monkeypatch)
+        assert generate(model, tokenizer, "the old", stop=stop) == expected
+
+
 def test_draws_depend_on_the_seed_alone(make_folder):
     model, tokenizer = load_folder(make_folder())
     texts = [generate(model, tokenizer, "the", max_tokens=20, temperature=1.0, seed=seed) for seed in (0, 0, 1)]

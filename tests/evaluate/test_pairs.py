@@ -9,8 +9,9 @@ from transformers import LlamaForCausalLM
 
 from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate import evaluate_pairs, load_folder
-from hyperllama.evaluate.pairs import Pair, read_pairs
-from tests.evaluate.conftest import sentence
+from hyperllama.evaluate.pairs import Pair, read_pairs, score_pairs, up_to_the_difference
+from hyperllama.evaluate.statistics import wilson
+from tests.evaluate.conftest import WORDS, sentence
 
 
 def write(file: Path, pairs: list[tuple[str, str, str]]) -> Path:
@@ -37,8 +38,54 @@ def test_accuracy_equals_that_of_transformers(make_folder, tokenizer, tmp_path):
     assert got["accuracy"] == sum(map(sum, right.values())) / 60
     assert 0 < got["accuracy"] < 1
     assert got["by_phenomenon"] == {
-        kind: {"pairs": len(points), "accuracy": sum(points) / len(points)} for kind, points in sorted(right.items())
+        kind: {
+            "pairs": len(points),
+            "accuracy": sum(points) / len(points),
+            "interval": list(wilson(sum(points), len(points))),
+        }
+        for kind, points in sorted(right.items())
     }
+
+
+def test_by_length_and_by_word_are_those_sums_of_transformers(make_folder, tokenizer, tmp_path):
+    folder = make_folder()
+    theirs = LlamaForCausalLM.from_pretrained(folder)
+    frames = [
+        (sentence(2 * i, 1 + i % 3), sentence(2 * i + 1, 2), WORDS[i], WORDS[i + 7 : i + 8 + i % 2]) for i in range(20)
+    ]
+    frames = [frame for frame in frames if frame[2] not in frame[3]]
+    pairs = [(f"{a} {word} {b}", f"{a} {' '.join(other)} {b}", "kind") for a, b, word, other in frames]
+    cut = [(f"{a} {word}", f"{a} {' '.join(other)}") for a, _, word, other in frames]  # what follows does not count
+
+    def log_p(text: str) -> float:
+        return log_probability(theirs, [tokenizer.eos_id, *tokenizer.encode(text)])
+
+    file = write(tmp_path / "pairs.jsonl", pairs)
+    model, _ = load_folder(folder)
+    got = {by: score_pairs(model, tokenizer, file, by=by).points.tolist() for by in ("sentence", "word", "length")}
+    assert got["sentence"] == [log_p(good) > log_p(bad) for good, bad, _ in pairs]
+    assert got["word"] == [log_p(good) > log_p(bad) for good, bad in cut]
+    assert got["length"] == [log_p(good) / len(good) > log_p(bad) / len(bad) for good, bad, _ in pairs]
+    assert len({tuple(points) for points in got.values()}) > 1
+    with pytest.raises(HyperLlamaError, match="not by 'token'"):
+        score_pairs(model, tokenizer, file, by="token")
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "cut"),
+    [
+        ("the cats sit down", "the cats sits down", ("the cats sit", "the cats sits")),
+        ("She sits.", "They sits.", ("She", "They")),
+        ("in the house now", "house in the now", ("in the house", "house in the")),
+        ("a b c d", "a c d", ("a b c", "a c")),  # one lacks a word: the next one is compared too
+        ("a b", "a b c", ("a b", "a b c")),
+        ("c  d", "b c d", ("c", "b c")),
+        ("a b", "a  b", ("a b", "a  b")),
+    ],
+)
+def test_sentences_are_cut_after_the_words_that_differ(good, bad, cut):
+    assert up_to_the_difference(good, bad) == cut
+    assert up_to_the_difference(bad, good) == cut[::-1]
 
 
 def test_no_end_token_is_scored_so_the_beginning_of_a_sentence_is_never_less_likely(make_folder, tmp_path):

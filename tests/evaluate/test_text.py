@@ -60,6 +60,7 @@ def test_text_equals_a_slow_computation_through_transformers(options, make_folde
     assert (got["documents"], got["tokens"], got["bytes"]) == (len(texts), tokens, n_bytes)
     assert got["nll_nats"] == pytest.approx(nll, rel=1e-5)
     assert got["bits_per_byte"] == pytest.approx(nll / log(2) / n_bytes, rel=1e-5)
+    assert got["bits_per_character"] == pytest.approx(nll / log(2) / sum(map(len, texts)), rel=1e-5)
     assert got["perplexity"] == pytest.approx(exp(nll / tokens), rel=1e-4)
 
 
@@ -136,9 +137,9 @@ def test_a_folder_is_measured_on_all_its_files(make_folder, config, tokenizer, t
     assert got["model"] == str(folder)
     assert list(got["texts"]) == [str(text_file), str(long_file)]
     assert got["texts"][str(text_file)].keys() == {
-        "documents", "bytes", "tokens", "nll_nats", "bits_per_byte", "perplexity"
+        "documents", "bytes", "characters", "tokens", "nll_nats", "bits_per_byte", "bits_per_character", "perplexity"
     }  # fmt: skip
-    assert got["pairs"][str(pairs)].keys() == {"pairs", "accuracy", "by_phenomenon"}
+    assert got["pairs"][str(pairs)].keys() == {"pairs", "accuracy", "interval", "by_phenomenon"}
     short = {tuple(tokenizer.encode(t)) for t in [*documents(text_file), sentence(101, 3), sentence(102, 3)]}
     separate = evaluate_text(model, tokenizer, long_file)["flops"]
     assert got["flops"] == separate + sum(window_flops(config, len(ids), "causal") // 3 for ids in short)
