@@ -4,13 +4,13 @@ Every comparison is between models whose total FLOPs are the same integer, insid
 mean +- t s / sqrt(n) of the paired differences, two-sided 95 %. Languages are averaged first, each weighing the same.
 """
 
-from collections.abc import Callable
 from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.findings import language_name, listed, signed, words
+from hyperllama.experiment.recipe import SCRATCH
 
 Seed = dict[str, Any]
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % quantiles of t, by n - 1
@@ -102,8 +102,8 @@ A difference is that of bits per byte, in per cent where nothing else is said, o
 the first needs fewer. In brackets: the 95 % interval over seeds (t, paired), or nothing where there is one seed."""
 
 
-def _difference(arms: list[Arms], ours: Callable[[Arms], float], theirs: Callable[[Arms], float]) -> list[float]:
-    return [100 * (ours(one) / theirs(one) - 1) for one in arms]
+def _percent(ours: float, theirs: float) -> float:
+    return 100 * (ours / theirs - 1)
 
 
 def _told(values: list[float], digits: int = 1, unit: str = " %") -> str:
@@ -124,40 +124,29 @@ def verdict(values: list[float]) -> str:
 
 def growing(arms: list[Arms]) -> dict[str, list[float]]:
     """Question 1: what -> differences of grown models from 1x ones, or as said."""
-    base = arms[0].base
+    base, known = arms[0].base, arms[0].rows.keys()
     found = {}
     for family in arms[0].families[1:]:
-        found[f"{family} against 1x, a model a language"] = _difference(
-            arms,
-            lambda one, f=family: one.own(f),
-            lambda one: one.own("1x"),  # type: ignore[misc]
-        )
-    for family in [*arms[0].families[1:], "2x-scratch"]:
-        if f"joint-{family}" in arms[0].rows:
-            found[f"{family} against 1x, joint training"] = _difference(
-                arms,
-                lambda one, f=family: one.added(f"joint-{f}"),
-                lambda one: one.added("joint-1x"),  # type: ignore[misc]
-            )
-    for ours, theirs in (("2x", "1x"), ("2x-scratch", "1x"), ("2x", "2x-scratch")):
-        if {f"{base}-{ours}", f"{base}-{theirs}"} <= arms[0].rows.keys():
-            found[f"{ours} against {theirs}, {language_name(base)} alone"] = _difference(
-                arms,
-                lambda one, f=ours: one.bits(f"{base}-{f}", base),  # type: ignore[misc]
-                lambda one, f=theirs: one.bits(f"{base}-{f}", base),  # type: ignore[misc]
-            )
+        values = [_percent(one.own(family), one.own("1x")) for one in arms]
+        found[f"{family} against 1x, a model a language"] = values
+    for family in [*arms[0].families[1:], SCRATCH]:
+        if f"joint-{family}" in known:
+            values = [_percent(one.added(f"joint-{family}"), one.added("joint-1x")) for one in arms]
+            found[f"{family} against 1x, joint training"] = values
+    for ours, theirs in (("2x", "1x"), (SCRATCH, "1x"), ("2x", SCRATCH)):
+        if {f"{base}-{ours}", f"{base}-{theirs}"} <= known:
+            values = [_percent(one.bits(f"{base}-{ours}", base), one.bits(f"{base}-{theirs}", base)) for one in arms]
+            found[f"{ours} against {theirs}, {language_name(base)} alone"] = values
     return found
 
 
 def keeping(arms: list[Arms]) -> dict[str, list[float]]:
     """Question 2: what -> differences in the base language's bits per byte after adaptation (per cent), or its rise (bits)."""
+    base = language_name(arms[0].base)
     found = {f"{family}: rise by adaptation, bits": [one.forgot(family) for one in arms] for family in arms[0].families}
     for family in arms[0].families[1:]:
-        found[f"{family} against 1x, {language_name(arms[0].base)} after adaptation"] = _difference(
-            arms,
-            lambda one, f=family: one.english(f),
-            lambda one: one.english("1x"),  # type: ignore[misc]
-        )
+        values = [_percent(one.english(family), one.english("1x")) for one in arms]
+        found[f"{family} against 1x, {base} after adaptation"] = values
     return found
 
 
@@ -166,18 +155,13 @@ def merging(arms: list[Arms]) -> dict[str, list[float]]:
     found = {}
     for method in arms[0].methods:
         for family in arms[0].families[1:]:
-            found[f"{words(method)}: {family} against 1x"] = _difference(
-                arms,
-                lambda one, m=method, f=family: one.added(f"merge-{m}-{f}"),  # type: ignore[misc]
-                lambda one, m=method: one.added(f"merge-{m}-1x"),  # type: ignore[misc]
-            )
+            values = [_percent(one.added(f"merge-{method}-{family}"), one.added(f"merge-{method}-1x")) for one in arms]
+            found[f"{words(method)}: {family} against 1x"] = values
     for family in arms[0].families:
         if f"joint-{family}" in arms[0].rows:
-            found[f"{family}: best merge against joint training"] = _difference(
-                arms,
-                lambda one, f=family: min(one.added(f"merge-{m}-{f}") for m in one.methods),  # type: ignore[misc]
-                lambda one, f=family: one.added(f"joint-{f}"),  # type: ignore[misc]
-            )
+            best = [min(one.added(f"merge-{method}-{family}") for method in one.methods) for one in arms]
+            joint = [one.added(f"joint-{family}") for one in arms]
+            found[f"{family}: best merge against joint training"] = list(map(_percent, best, joint))
     return found
 
 
@@ -200,7 +184,7 @@ def _answers(arms: list[Arms]) -> str:
 
 def _table(arms: list[Arms]) -> str:
     first = arms[0]
-    names = [f"{first.base}-{family}" for family in (*first.families, "2x-scratch")]
+    names = [f"{first.base}-{family}" for family in (*first.families, SCRATCH)]
     lines = [
         "### Bits per byte, means over seeds\n",
         f"| model | {' | '.join((first.base, *first.targets))} | mean of added |",

@@ -5,7 +5,7 @@ What is finished is skipped, here and in the commands that are printed, so whate
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,9 +13,12 @@ from hyperllama.config import RunConfig, validated
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.paper import Clone, Grid, Merge, Run, Task, merge_values, run_values
 from hyperllama.files import atomic_folder, check_free, read_json, write_json
-from hyperllama.flops import window_flops
+from hyperllama.flops import shared_quantum, window_flops
 from hyperllama.merge import parse_recipe
 from hyperllama.merge.planner import Outline, plan_outlines
+
+if TYPE_CHECKING:
+    from hyperllama.hub import Folder
 
 PEAK, MFU = 989.4e12, 0.4  # of an estimate: an H200's bf16 peak, and the share of it that is taken for granted
 PRINTERS = ("torchrun", "slurm")
@@ -183,11 +186,12 @@ def _job(grid: Grid, name: str, needs: list[str], command: str, gpus: bool = Tru
 
 
 def run_grid(grid: Grid) -> dict[str, Any]:
-    """Do here what is not finished, in order; measure every model when the table names development text. Returns the results.
+    """Do here what is not finished, in order; measure every model when the table names development text; results and report.
 
     Raises HyperLlamaError when the output folder holds the grid of another table.
     """
-    from hyperllama.experiment.run import claim
+    from hyperllama.experiment.report import write_report
+    from hyperllama.experiment.run import claim, curve
     from hyperllama.grow.folder import grow_folder
     from hyperllama.grow.operators import HyperClone
     from hyperllama.merge import plan
@@ -210,29 +214,84 @@ def run_grid(grid: Grid) -> dict[str, Any]:
             out.print(label)
             text = yaml.safe_dump(merge_values(grid, task), sort_keys=False)
             run_merge(plan(parse_recipe(text, task.id), Path.cwd()), folder)
-    results = {"name": c.name, "models": [_row(grid, task) for task in grid.tasks.values()]}
+    languages = [language for language, row in c.languages.items() if row.merged]
+    results: dict[str, Any] = {
+        "name": c.name,
+        "corpus": "the shards of the table" if c.dev is None else f"development text in {Path(c.dev).name}",
+        "languages": ["english", *languages],
+        "base_language": "english",
+        "targets": languages,
+        "seq_len": c.seq_len,
+        "factor": c.factor,
+        "noise_db": c.noise_db,
+        "tokenizer_vocab": grid.shapes[grid.small].vocab_size,
+        "budgets": {"quantum": shared_quantum(grid.costs.values())},
+        "models": [_row(grid, task) for task in grid.tasks.values()],
+        "curves": {run.id: curve(Path(c.out) / "runs" / run.id / "metrics.jsonl") for run in grid.runs},
+    }
+    results["equal"] = _groups(results["models"])
     write_json(Path(c.out) / "results.json", results)
+    write_report(results, Path(c.out))
     return results
 
 
-def _row(grid: Grid, task: Task) -> dict[str, Any]:
-    from hyperllama.evaluate import evaluate_folder
-    from hyperllama.hub import folder_hashes, open_folder
+def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The models that may be compared: of one kind and language, with the same integer of total FLOPs."""
+    found: dict[tuple[str, str | None, int], list[str]] = {}
+    for row in rows:
+        if row["kind"] != "clone":
+            kind = "joint training and merges" if row["kind"] in ("joint", "merge") else row["language"]
+            found.setdefault((kind, row["language"], row["total"]), []).append(row["id"])
+    return [
+        {"what": what, "by": "total", "flops": flops, "ids": ids}
+        for (what, _, flops), ids in found.items()
+        if len(ids) > 1
+    ]
 
-    c, folder = grid.config, open_folder(grid.folder(task.id))
+
+def _row(grid: Grid, task: Task) -> dict[str, Any]:
+    """A model as reports know it."""
+    from hyperllama.hub import open_folder
+
+    folder = open_folder(grid.folder(task.id))
     (ledger,) = folder.ledgers
-    row: dict[str, Any] = {"id": task.id, "kind": task.kind, "family": task.family, "parents": task.needs}
-    row |= {"spent": ledger.spent, "inherited": ledger.inherited, "total": ledger.total}
     if ledger.total != grid.total(task.id):
         raise HyperLlamaError(f"{task.id} ends at {ledger.total} FLOPs, the plan says {grid.total(task.id)}")
+    row: dict[str, Any] = {"id": task.id, "family": task.family, "method": None, "parents": task.needs}
+    if isinstance(task, Run):
+        kind = "base" if task.language == "english" else "language" if task.row.merged else "joint"
+        row |= {"kind": kind, "language": None if kind == "joint" else task.language}
+    elif isinstance(task, Clone):
+        row |= {"kind": "clone", "language": "english"}
+    else:
+        method = "language_aware" if task.importance else task.method
+        row |= {"kind": "merge", "language": None, "method": method, "parents": list(task.models)}
+    return row | {
+        "parameters": grid.shapes[grid.size_of(task.id)].num_parameters,
+        "spent": ledger.spent,
+        "inherited": ledger.inherited,
+        "total": ledger.total,
+        "path": str(folder.path.relative_to(grid.config.out)),
+        "token_counts": folder.card.get("token_counts", {}),
+        "eval": _measured(grid, task.id, folder),
+    }
+
+
+def _measured(grid: Grid, name: str, folder: "Folder") -> dict[str, dict[str, Any]]:
+    """Language -> figures on <dev>/<language>.jsonl and .pairs.jsonl, kept beside the hash of what was measured."""
+    from hyperllama.evaluate import evaluate_folder
+    from hyperllama.hub import folder_hashes
+
+    c = grid.config
     if c.dev is None:
-        return row
-    file, hashes = Path(c.out) / "eval" / f"{task.id}.json", folder_hashes(folder)
+        return {}
+    file, hashes = Path(c.out) / "eval" / f"{name}.json", folder_hashes(folder)
     if not file.is_file() or read_json(file)["sha256"] != hashes:
-        texts, pairs = sorted(Path(c.dev).glob("*.jsonl")), sorted(Path(c.dev).glob("*.pairs.jsonl"))
-        measured = evaluate_folder(folder.path, [text for text in texts if text not in pairs], pairs, seq_len=c.seq_len)
-        found = {Path(name).stem: cell for name, cell in measured["texts"].items()}
-        for name, cell in measured["pairs"].items():
-            found.setdefault(Path(name).stem.removesuffix(".pairs"), {}).update(cell)
-        write_json(file, {"model": task.id, "sha256": hashes, "eval": found})
-    return row | {"eval": read_json(file)["eval"]}
+        pairs = sorted(Path(c.dev).glob("*.pairs.jsonl"))
+        texts = sorted(set(Path(c.dev).glob("*.jsonl")) - set(pairs))
+        measured = evaluate_folder(folder.path, texts, pairs, seq_len=c.seq_len)
+        found = {text.stem: measured["texts"][str(text)] for text in texts}
+        for part in pairs:
+            found.setdefault(part.stem.removesuffix(".pairs"), {}).update(measured["pairs"][str(part)])
+        write_json(file, {"model": name, "sha256": hashes, "eval": found})
+    return read_json(file)["eval"]

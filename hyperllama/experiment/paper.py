@@ -311,7 +311,7 @@ def _tasks(c: PaperConfig, grid: Grid) -> Iterator[Task]:
         return Run(name, size, family, language, start, row, passes, flops, row.warmup, row.decay / steps)
 
     base = run(c.base.id, small, "1x", "english", None, c.base)
-    plain = [
+    plain: list[Task] = [
         base,
         run(english, small, "1x", "english", base.id, c.english),
         Clone(f"{base.id}-cloned", "2x", base.id, c.noise_db),
@@ -329,14 +329,14 @@ def _tasks(c: PaperConfig, grid: Grid) -> Iterator[Task]:
     yield from _merges(c)
 
 
-def _compared(c: PaperConfig, grid: Grid, tasks: list[Any]) -> list[Any]:
+def _compared(c: PaperConfig, grid: Grid, tasks: list[Task]) -> list[Task]:
     """`tasks` with what makes two sizes comparable at the same integer: matched runs, and milestones where steps end.
 
     A small run gives up the windows past its last shared quantum, fewer than one step; its matched runs spend what is left.
     """
     small, grown = (grid.costs[size] for size in c.sizes)
     quantum = shared_quantum([small, grown])
-    found: list[Any] = []
+    found: list[Task] = []
     for task in tasks:
         if not isinstance(task, Run) or task.start is None:
             found.append(task)
@@ -357,31 +357,35 @@ def _compared(c: PaperConfig, grid: Grid, tasks: list[Any]) -> list[Any]:
             task = replace(task, flops=kept)
         found.append(replace(task, milestones=milestones))
         if task.size == grid.grown and c.extra.matched:
-            share = kept / task.flops
-            start = (
-                f"{task.start}-matched" if any(other.id == f"{task.start}-matched" for other in found) else task.start
-            )
-            warmup = max(1, round(task.warmup * share))
-            found.append(replace(task, id=f"{task.id}-matched", start=start, flops=kept, warmup=warmup, milestones=()))
+            warmup = max(1, round(task.warmup * kept / task.flops))
+            matched = _variant(replace(task, flops=kept, warmup=warmup, milestones=()), "matched")
+            starts = any(other.id == f"{task.start}-matched" for other in found)
+            found.append(replace(matched, start=f"{task.start}-matched") if starts else matched)
     return found
 
 
-def _extra_runs(c: PaperConfig, grid: Grid, tasks: list[Any]) -> Iterator[Task]:
+def _variant(run: Run, name: str) -> Run:
+    """A run beside the paper's: a family of its own."""
+    return replace(run, id=f"{run.id}-{name}", family=f"{run.family}-{name}")
+
+
+def _extra_runs(c: PaperConfig, grid: Grid, tasks: list[Task]) -> Iterator[Task]:
     if c.extra.noise_db is not None:
         clones = [task for task in tasks if isinstance(task, Clone)]
         for clone in clones:
-            yield replace(clone, id=f"{clone.id}-noise", noise_db=c.extra.noise_db)
+            yield replace(clone, id=f"{clone.id}-noise", family=f"{clone.family}-noise", noise_db=c.extra.noise_db)
         for task in tasks:
             if isinstance(task, Run) and task.start in {clone.id for clone in clones}:
-                yield replace(task, id=f"{task.id}-noise", start=f"{task.start}-noise")
+                yield _variant(replace(task, start=f"{task.start}-noise"), "noise")
     if c.extra.carried:
-        before = next(task for task in tasks if task.id == c.base.id)
-        after = next(task for task in tasks if task.id == f"{grid.grown}-english-2x")
+        before, after = (
+            task for task in tasks if isinstance(task, Run) and task.id in (c.base.id, f"{grid.grown}-english-2x")
+        )
         first = before.stages[-1].start + before.stages[-1].steps - 1
         steps = first + after.stages[-1].start + after.stages[-1].steps - 1
         later = tuple(replace(stage, start=stage.start + first) for stage in after.stages)
         yield replace(
-            after, id=f"{after.id}-carried", size=grid.grown, start=None, stages=before.stages + later,
+            _variant(after, "carried"), size=grid.grown, start=None, stages=before.stages + later,
             flops=before.flops + after.flops, warmup=before.warmup, decay=after.row.decay / steps,
             milestones=(), grow_at=before.flops,
         )  # fmt: skip
@@ -389,7 +393,7 @@ def _extra_runs(c: PaperConfig, grid: Grid, tasks: list[Any]) -> Iterator[Task]:
 
 def _merges(c: PaperConfig) -> Iterator[Merge]:
     languages = [language for language, row in c.languages.items() if row.merged]
-    arms = [(method, ()) for method in c.merges.methods]
+    arms: list[tuple[str, tuple[str, ...]]] = [(method, ()) for method in c.merges.methods]
     if c.extra.language_aware:
         arms.append(("task_arithmetic", ("token_counts", "adam_v")))
     for name, family in c.families.items():

@@ -321,7 +321,7 @@ def run_experiment(config: ExperimentConfig, data: Path | None = None, reuse: Pa
         "budgets": {"quantum": spend.quantum, "english": spend.english, "adapt": spend.adapt},
         "models": rows,
         "equal": equal_groups(config, spend, rows),
-        "curves": {arm.id: _curve(study.out / "runs" / arm.id / "metrics.jsonl") for arm in arms if arm.shares},
+        "curves": {arm.id: curve(study.out / "runs" / arm.id / "metrics.jsonl") for arm in arms if arm.shares},
     }
     write_json(study.out / "results.json", results)
     files = write_report(results, study.out)
@@ -394,7 +394,7 @@ def _model_row(study: Study, name: str, family: str, kind: str) -> dict[str, Any
     }
 
 
-def _curve(metrics: Path) -> list[list[float]]:
+def curve(metrics: Path) -> list[list[float]]:
     """Training loss against total FLOPs: means over at most 200 equal stretches of steps, every window counted once.
 
     A last stretch that is not whole joins the one before: a budget's last step may be one window, and its loss mere noise.

@@ -17,10 +17,11 @@ from hyperllama.flops import window_flops
 from hyperllama.merge import read_recipe
 from hyperllama.merge.planner import Outline, plan_outlines
 from hyperllama.train.schedule import decay_steps, lr_ratio
-from tests.study import LANGUAGES, SEQ_LEN
+from tests.study import SEQ_LEN
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "recipes" / "paper.yaml"
+TEXT = {"english": "eng", "estonian": "swe", "swedish": "swe"}  # of the tiny grid
 
 # steps, warm-up, decay start, decay steps, GPUs, nominal tokens, tokens of distinct windows, checkpoint, starts of stages, seeds
 BASE = (15244, 30, 12194, 3050, 32, 159_844_925_440, 159_817_244_672, 2500, [1, 320, 639], [42, 42, 42])
@@ -311,9 +312,9 @@ def tiny(study: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     }  # fmt: skip
     values["merges"]["dtype"] = "float32"
     (folder / "dev").mkdir()
-    for language in LANGUAGES:
+    for name, language in TEXT.items():
         text = (study / "corpus" / "text" / language / "dev.jsonl").read_text().splitlines()[:3]
-        (folder / "dev" / f"{language}.jsonl").write_text("\n".join(text) + "\n")
+        (folder / "dev" / f"{name}.jsonl").write_text("\n".join(text) + "\n")
     file = folder / "paper.yaml"
     file.write_text(yaml.safe_dump(values))
     return [str(file)]
@@ -326,9 +327,14 @@ def test_the_grid_in_tiny_runs_resumes_and_its_ledgers_are_the_plans(tiny: list[
     assert rows.keys() == grid.tasks.keys() and all(finished(grid, task) for task in grid.tasks.values())
     for name, row in rows.items():
         assert row["total"] == grid.total(name) and row["spent"] == grid.tasks[name].flops
-        assert set(row["eval"]) == set(LANGUAGES) and all(cell["bits_per_byte"] > 0 for cell in row["eval"].values())
+        assert set(row["eval"]) == set(TEXT) and all(cell["bits_per_byte"] > 0 for cell in row["eval"].values())
     assert rows["572M-swedish-2x-matched"]["total"] == rows["180M-swedish-1x"]["total"]
     assert rows["572M-english-2x-carried"]["total"] == rows["572M-english-2x"]["total"]
+    groups = {tuple(group["ids"]) for group in results["equal"]}
+    assert ("180M-swedish-1x", "572M-swedish-1x-cloned-matched", "572M-swedish-2x-matched") in groups
+    assert ("572M-english-2x", "572M-english-2x-noise", "572M-english-2x-carried") in groups
+    report = (Path(grid.config.out) / "report.html").read_text()
+    assert all(name in report for name in rows)
     files = {file: file.stat().st_mtime_ns for file in Path(grid.config.out).rglob("*.safetensors")}
     assert json.loads((Path(grid.config.out) / "results.json").read_text()) == results == run_grid(grid)
     assert files == {file: file.stat().st_mtime_ns for file in Path(grid.config.out).rglob("*.safetensors")}
