@@ -14,6 +14,7 @@ from hyperllama.experiment.recipe import SCRATCH
 
 Seed = dict[str, Any]
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % quantiles of t, by n - 1
+PAPERS = (180_078_912, 159_844_925_440)  # parameters of the small model, tokens of its English base
 TITLES = {"single": "One rate for all arms", "tuned": "Rates chosen by the sweep"}
 
 
@@ -280,13 +281,14 @@ def _sweep(sweep: dict[str, Any], first: Arms) -> str:
 
 def _limits(seeds: dict[str, list[Arms]], first: Arms) -> str:
     fewest = min(len(arms) for arms in seeds.values())
-    few = (
-        f" With {fewest} seeds an interval is wide, and one that excludes zero may do so by chance."
-        if fewest < 5
-        else ""
-    )
+    small = min(row["parameters"] for row in first.seed["models"])
+    tokens = first.seed["settings"]["english_tokens"]
+    few = "Intervals are not corrected for the number of comparisons."
+    if fewest < 5:
+        few = f"With {fewest} seeds an interval is wide, and one that excludes zero may do so by chance. {few}"
     return f"""## What this does not show
 
-Models a thousand times smaller than the paper's smallest use, on a thousandth of its text: in a budget this small a wider model \
-takes few steps, and where it loses, it may lose for that reason alone. Seeds share tokenizer and text.{few} \
+The paper's small model has {PAPERS[0] / small:,.0f} times as many parameters, and its base saw {PAPERS[1] / tokens:,.0f} times as \
+much English: in a budget as small as this a wider model takes few steps, and where it loses, it may lose for that reason alone. \
+Seeds share tokenizer and text. {few} \
 Bits per byte of different languages are not the same amount of text."""

@@ -145,6 +145,20 @@ class View:
                     table.append((family, what, {tag: bits(row, tag) for tag in self.languages}))
         return table
 
+    def subsets(self) -> tuple[list[tuple[str, str]], dict[tuple[str, ...], dict[tuple[str, str], float | None]]]:
+        """Merges of sets of languages: ((family, method) in order, set -> (family, method) -> mean bits per byte over the set)."""
+        language = {row["id"]: row["language"] for row in self.rows}
+        found: dict[tuple[str, ...], dict[tuple[str, str], float | None]] = {}
+        merges = [row for row in self.rows if row["kind"] == "merge"]
+        for row in merges:
+            members = tuple(language[parent] for parent in row["parents"] if language.get(parent))
+            found.setdefault(members, {})[row["family"], row["method"]] = average_bits(row, list(members))
+        columns = [(family, method) for family in self.families for method in self.methods()]
+        order = sorted(found, key=lambda members: (len(members), [self.languages.index(tag) for tag in members]))
+        return [column for column in columns if any(column in cells for cells in found.values())], {
+            members: found[members] for members in order
+        }
+
     def scaling(self) -> list[tuple[str, str, int, float | None, float | None]]:
         """(family, moment, total FLOPs, bits per byte of the base language, mean of the added ones), by family and FLOPs.
 

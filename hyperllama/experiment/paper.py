@@ -342,10 +342,7 @@ def _compared(c: PaperConfig, grid: Grid, tasks: list[Task]) -> list[Task]:
             found.append(task)
             continue
         steps = task.flops // grid.costs[task.size] // c.global_batch
-        steps_small, steps_grown = (
-            quantum // small,
-            quantum // grown,
-        )  # in steps of equal batches: a quantum of whole steps
+        steps_small, steps_grown = quantum // small, quantum // grown  # of equal batches, that make a quantum of steps
         times = min(steps // steps_small, steps // steps_grown)
         milestones = (times * quantum * c.global_batch,) if c.extra.milestones and times else ()
         kept = steps * c.global_batch * small // quantum * quantum

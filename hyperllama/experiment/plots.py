@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from hyperllama.experiment.findings import View, average, bits, language_name, signed
+from hyperllama.experiment.findings import View, average, bits, language_name, signed, words
 
 INK, SOFT, RULE = "#1d2329", "#667079", "#e3e7ea"
 STYLE = {
@@ -75,6 +75,9 @@ def pictures(view: View) -> list[Picture]:
         ("merges", "comparison", "Merging against its alternatives", "Heat-map of bits per byte: models by languages.",
          "Bits per byte; a darker cell needs more, relative to the best of its column; a frame marks the best merge of "
          "a column. Own-language model: each column is another model. Last column: mean of added languages.", merges),
+        ("subsets", "subsets", "Merges of every set of languages", "Heat-map of bits per byte: sets by family and method.",
+         "Mean bits per byte of a merge over the languages that were merged; a darker cell needs more, relative to the best "
+         "of its row, whose cell is framed.", subsets),
     ]  # fmt: skip
     drawn = []
     with matplotlib.style.context(["default", STYLE]):
@@ -347,6 +350,52 @@ def merges(view: View, narrow: bool) -> Figure | None:
         spine.set_visible(False)
     axes.set_xlim(-0.68, x[-1] + 0.5)
     axes.set_ylim(y[-1] + 0.55, -0.4)
+    return figure
+
+
+def subsets(view: View, narrow: bool) -> Figure | None:
+    """Heat-map: sets of merged languages by family and method, in mean bits per byte over the set."""
+    columns, sets = view.subsets()
+    if len(sets) < 2:
+        return None
+    values = np.array([[cells.get(column) for column in columns] for cells in sets.values()], float)
+    excess = values / _least(values.T)[:, None] - 1
+    finite = excess[np.isfinite(excess)]
+    limit = max(float(np.quantile(finite, 0.95)) if len(finite) else 0.0, 1e-6)
+    size = 4.4 if narrow else 7.5
+    figure = Figure(figsize=(NARROW if narrow else WIDE, (0.16 if narrow else 0.23) * len(sets) + 1.2))
+    axes = figure.add_subplot()
+    for row in range(len(sets)):
+        for column in range(len(columns)):
+            value, known = values[row, column], math.isfinite(values[row, column])
+            shade = min(excess[row, column] / limit, 1.0) if known else 0.0
+            best = known and excess[row, column] == 0
+            axes.add_patch(
+                Rectangle(
+                    (column - 0.48, row - 0.46), 0.96, 0.92, facecolor=HEAT(shade), edgecolor=INK, linewidth=1.2 * best
+                )
+            )
+            axes.text(
+                column, row + 0.03, f"{value:.2f}" if known else "\N{EN DASH}", ha="center", va="center", fontsize=size,
+                color="white" if shade > 0.62 else INK,
+            )  # fmt: skip
+    names = [
+        " ".join(tag[:3] for tag in members) if narrow else ", ".join(map(language_name, members)) for members in sets
+    ]
+    axes.set_yticks(range(len(sets)), names, fontsize=size, color=INK)
+    axes.set_xticks(
+        range(len(columns)), [words(method) for _, method in columns], fontsize=size, rotation=60, ha="left"
+    )
+    axes.xaxis.tick_top()
+    for tick, (family, _) in zip(axes.get_xticklabels(), columns, strict=True):
+        tick.set_color(look(family)[0])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlim(-0.55, len(columns) - 0.45)
+    axes.set_ylim(len(sets) - 0.4, -0.6)
+    _legend(figure, list(dict.fromkeys(family for family, _ in columns)))
     return figure
 
 

@@ -3,6 +3,7 @@
 report.html                              everything, plots embedded
 loss.png bits.png scaling.png forgetting.png merges.png
 loss.csv bits.csv scaling.csv forgetting.csv comparison.csv ledger.csv evaluation.csv pairs.csv
+subsets.png subsets.csv                  where there are merges of more than one set of languages
 """
 
 import csv
@@ -55,6 +56,7 @@ def tables(view: View) -> dict[str, Table]:
                 parts = cell.get("by_phenomenon", {}).items()
                 pairs += [[row["id"], tag, name, part["pairs"], part["accuracy"]] for name, part in parts]
     curves = view.results.get("curves", {})
+    columns, sets = view.subsets()
     own = [(tag, family, row) for tag in view.languages for family, row in view.arms(tag)[1].items()]
     return {
         "loss": (["id", "total_flops", "loss"], [[name, *point] for name, curve in curves.items() for point in curve]),
@@ -65,6 +67,16 @@ def tables(view: View) -> dict[str, Table]:
         "scaling": (
             ["family", "what", "total_flops", f"bits_per_byte_{view.base}", "mean_of_targets"],
             [list(point) for point in view.scaling()],
+        ),
+        **(
+            {
+                "subsets": (
+                    ["languages", *(f"{family} {method}" for family, method in columns)],
+                    [["+".join(members), *map(cells.get, columns)] for members, cells in sets.items()],
+                )
+            }
+            if len(sets) > 1
+            else {}
         ),
         "ledger": (
             ["id", "family", "kind", "language", "method", "parameters", "spent", "inherited", "total", "equal_group"],

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,25 @@ def test_the_printed_commands_are_a_script_that_names_every_recipe(grid: Grid, h
         jobs = (tmp_path / "jobs").read_text().splitlines()
         assert done.returncode == 0 and len(jobs) == 21 + 2 + 3
         assert "--dependency=afterok:1 " in next(job for job in jobs if "--job-name=180M-english-1x " in job)
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "hyperllama", "experiment", *map(str, arguments)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_plans_prints_and_refuses(tmp_path: Path) -> None:
+    plan = json.loads(command(TABLE, "sizes.180M.throughput=1e5", "--dry-run", "--json").stdout)
+    assert plan["training_runs"] == 21 and plan["flops_per_window_dense"]["180M"] == 3_082_108_796_928
+    assert command(TABLE, "--print", "slurm", "--recipes", "here").stdout.count("train.py here/runs/") == 21
+    for arguments, sentence in (
+        ((TABLE, "--print", "slrum"), "--print slrum: did you mean 'slurm'"),
+        ((TABLE, "--write", tmp_path), "already exists"),
+        ((ROOT / "recipes" / "demo.yaml", "--write", tmp_path / "new"), "is a study, not a table of runs"),
+    ):
+        refused = command(*arguments)
+        assert refused.returncode == 2 and sentence in refused.stderr and "Traceback" not in refused.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,24 @@ def test_equal_groups_are_marked_in_the_ledger(results: dict[str, Any], written:
         assert {name for name, mark in marks.items() if mark == letter} == set(group["ids"])
 
 
+def test_merges_of_several_sets_have_a_heat_map_of_their_own(results: dict[str, Any], tmp_path: Path) -> None:
+    """And take no part in comparisons with joint training, which has all languages."""
+    more = copy.deepcopy(results)
+    for row in [row for row in more["models"] if row["kind"] == "merge"]:
+        pair = copy.deepcopy(row) | {"id": f"{row['id']}-pair", "parents": row["parents"][:2]}
+        pair["total"] = pair["inherited"] = pair["inherited"] - 3 * ADAPT
+        pair["eval"]["est"]["bits_per_byte"] = 0.5
+        more["models"].append(pair)
+    write_report(more, tmp_path)
+    assert (tmp_path / "subsets.png").is_file()
+    with (tmp_path / "subsets.csv").open(encoding="utf-8") as file:
+        rows = {row["languages"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["est+fao", "est+fao+fas+isl+swe"] and len(rows["est+fao"]) == 10
+    fao = next(row for row in results["models"] if row["id"] == "merge-ties-2x")["eval"]["fao"]["bits_per_byte"]
+    assert float(rows["est+fao"]["2x ties"]) == pytest.approx((0.5 + fao) / 2)
+    assert "of 9 merges" in dict(findings(View(more)))["Merging"]
+
+
 def test_two_calls_give_identical_bytes(results: dict[str, Any], written: Path, tmp_path: Path) -> None:
     for file in write_report(copy.deepcopy(results), tmp_path):
         assert file.read_bytes() == (written / file.name).read_bytes(), file.name
