@@ -89,8 +89,8 @@ def _head(found: dict[str, Any], seeds: dict[str, list[Arms]], first: Arms) -> s
 
 Written by `hyperllama experiment` from the results of its seeds; change those, not this page.
 
-{language_name(first.base)} and {len(first.targets)} added languages ({listed([language_name(tag) for tag in first.targets])}), \
-{first.seed["corpus"]}. Models of {sizes["1x"]:,} parameters and grown ones of {sizes.get("2x", sizes["1x"]):,}; \
+{language_name(first.base)} and {len(first.targets)} added languages, {listed([language_name(tag) for tag in first.targets])} \
+({first.seed["corpus"]}). Models of {sizes["1x"]:,} parameters and grown ones of {sizes.get("2x", sizes["1x"]):,}; \
 windows of {s["seq_len"]} tokens, {s["global_batch"]} a step; vocabulary {s["vocab"]:,}; {s["precision"]}; \
 growth noise {"none" if s["noise_db"] is None else f"{s['noise_db']:g} dB"}. Seeds finished: {counts}.
 
@@ -285,7 +285,7 @@ def _limits(seeds: dict[str, list[Arms]], first: Arms) -> str:
     tokens = first.seed["settings"]["english_tokens"]
     few = "Intervals are not corrected for the number of comparisons."
     if fewest < 5:
-        few = f"With {fewest} seeds an interval is wide, and one that excludes zero may do so by chance. {few}"
+        few = "With so few seeds an interval is wide, and one that excludes zero may do so by chance. " + few
     return f"""## What this does not show
 
 The paper's small model has {PAPERS[0] / small:,.0f} times as many parameters, and its base saw {PAPERS[1] / tokens:,.0f} times as \
