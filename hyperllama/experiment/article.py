@@ -95,9 +95,10 @@ windows of {s["seq_len"]} tokens, {s["global_batch"]} a step; vocabulary {s["voc
 growth noise {"none" if s["noise_db"] is None else f"{s['noise_db']:g} dB"}. Seeds finished: {counts}.
 
 FLOPs, exact: {language_name(first.base)} {budgets["english"]:,}; an adaptation {budgets["adapt"]:,}, with {s["replay"]:.0%} of \
-{language_name(first.base)} text; a merge of all languages or a joint run {total:,} in total. All seeds together trained for \
-{trained:,} FLOPs, the sweep for {found["sweep"]["flops"]:,} more, which no arm's ledger holds. torch {made["torch"]}, \
-{made["machine"]} CPU, {" to ".join(dict.fromkeys((dates[0], dates[-1])))}.
+{language_name(first.base)} text; a merge of all languages or a joint run {total:,} in total. The grids of all seeds hold \
+{trained:,} FLOPs (what two of them share was trained once), \
+the sweep {found["sweep"]["flops"]:,} more, which is in no arm's ledger. \
+torch {made["torch"]}, {made["machine"]} CPU, {" to ".join(dict.fromkeys((dates[0], dates[-1])))}.
 
 A difference is that of bits per byte, in per cent where nothing else is said, of models at the same integer of FLOPs; below zero \
 the first needs fewer. In brackets: the 95 % interval over seeds (t, paired), or nothing where there is one seed."""

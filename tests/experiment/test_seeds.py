@@ -24,7 +24,7 @@ def recipe(folder: Path, **changes: Any) -> Path:
     settings = SETTINGS | {
         "out": str(folder / "out"), "results": str(folder / "results"), "article": str(folder / "study.md"),
         "seeds": [1, 2], "sweep": {"rates": RATES, "language": "swe", "seed": 9, "dev_bytes": 1500}, "dev_bytes": 1000,
-        "merge_methods": ["linear"], "dev_pairs": 0,
+        "merge_methods": ["linear"], "dev_pairs": 0, "targets": ["swe"],
     }  # fmt: skip
     file = folder / "study.yaml"
     file.write_text(yaml.safe_dump(settings | changes))
