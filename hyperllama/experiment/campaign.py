@@ -78,7 +78,7 @@ def describe(grid: Grid) -> dict[str, Any]:
         "gpu_hours": round(sum(hour for hour, _ in hours), 1),
         "gpu_hours_are": "from measured throughput"
         if all(measured for _, measured in hours)
-        else f"an estimate where throughput is not given: {MFU:.0%} of {PEAK / 1e12} TFLOP/s (H200, bf16, dense)",
+        else f"an estimate where throughput is not given: {MFU:.0%} of {PEAK / 1e12} TFLOP/s (H200, bf16)",
         "merges": {"total": len(grid.merges)} | by,
         "equal": _equal(grid),
         "finished": sum(finished(grid, task) for task in grid.tasks.values()),
