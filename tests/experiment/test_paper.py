@@ -282,7 +282,7 @@ def test_the_command_plans_prints_and_refuses(tmp_path: Path) -> None:
     assert command(TABLE, "--print", "slurm", "--recipes", "here").stdout.count("train.py here/runs/") == 21
     for arguments, sentence in (
         ((TABLE, "--print", "slrum"), "--print slrum: did you mean 'slurm'"),
-        ((TABLE, "--write", tmp_path), "already exists"),
+        ((TABLE, "--write", ROOT / "recipes"), "already exists"),
         ((ROOT / "recipes" / "demo.yaml", "--write", tmp_path / "new"), "is a study, not a table of runs"),
     ):
         refused = command(*arguments)
