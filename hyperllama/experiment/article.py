@@ -233,13 +233,14 @@ def _paper(seeds: dict[str, list[Arms]]) -> str:
         return "; ".join(f"{key}: {_told(found[key])}, {verdict(found[key])}" for key in keys if key in found)
 
     def judged(found: dict[str, list[float]], keys: list[str], agree: str) -> str:
-        verdicts = {verdict(found[key]) for key in keys if key in found}
-        if verdicts == {agree}:
+        verdicts = [verdict(found[key]) for key in keys if key in found]
+        if set(verdicts) == {agree}:
             return "**Agrees.**"
+        counts = listed([f"{verdicts.count(what)} {what}" for what in dict.fromkeys(verdicts)])
         if agree in verdicts:
-            return "**Partly.**"
-        other = {"better", "worse"} - {agree}
-        return "**Differs.**" if verdicts & other else f"**Not decided** by {n} {'seed' if n == 1 else 'seeds'}."
+            return f"**Partly** ({counts})."
+        other = set(verdicts) - {"undecided"}
+        return f"**Differs** ({counts})." if other else f"**Not decided** by {n} {'seed' if n == 1 else 'seeds'}."
 
     first, second, third = growing(arms), keeping(arms), merging(arms)
     keys = [f"{family} against 1x, a model a language" for family in grown]
