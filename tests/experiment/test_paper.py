@@ -350,9 +350,10 @@ def test_the_grid_in_tiny_runs_resumes_and_its_ledgers_are_the_plans(tiny: list[
         assert set(row["eval"]) == set(TEXT) and all(cell["bits_per_byte"] > 0 for cell in row["eval"].values())
     assert rows["572M-swedish-2x-matched"]["total"] == rows["180M-swedish-1x"]["total"]
     assert rows["572M-english-2x-carried"]["total"] == rows["572M-english-2x"]["total"]
-    groups = {tuple(group["ids"]) for group in results["equal"]}
-    assert ("180M-swedish-1x", "572M-swedish-1x-cloned-matched", "572M-swedish-2x-matched") in groups
-    assert ("572M-english-2x", "572M-english-2x-noise", "572M-english-2x-carried") in groups
+    groups = [set(group["ids"]) for group in results["equal"]]
+    matched = {"180M-swedish-1x", "572M-swedish-1x-cloned-matched", "572M-swedish-2x-matched"}
+    for equal in (matched, {"572M-english-2x", "572M-english-2x-noise", "572M-english-2x-carried"}):
+        assert any(equal <= group for group in groups)
     report = (Path(grid.config.out) / "report.html").read_text()
     assert all(name in report for name in rows)
     files = {file: file.stat().st_mtime_ns for file in Path(grid.config.out).rglob("*.safetensors")}
