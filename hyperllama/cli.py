@@ -17,7 +17,7 @@ import typer
 
 from hyperllama import __version__
 from hyperllama.bench.cli import app as bench_app
-from hyperllama.errors import Diverged, HyperLlamaError, Lost, Stopped
+from hyperllama.errors import Diverged, HyperLlamaError, Lost, Stopped, nearest
 from hyperllama.files import check_free
 
 app = typer.Typer(
@@ -599,9 +599,45 @@ def export_command(
 
 @app.command("experiment")
 def experiment_command(
-    recipe: Path, overrides: Overrides = None, dry_run: DryRun = False, as_json: Json = False
+    recipe: Path,
+    overrides: Overrides = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A table of runs: write every recipe it stands for, run nothing."),
+    ] = None,
+    show: Annotated[
+        str | None,
+        typer.Option(
+            "--print", metavar="torchrun|slurm", help="A table of runs: print the commands of what is not finished."
+        ),
+    ] = None,
+    recipes: Annotated[
+        str, typer.Option(metavar="FOLDER", help="--print: where --write put the recipes.")
+    ] = "recipes-of-paper",
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
-    """Run or resume a whole study: scales x languages x merges at equal FLOPs, and its report."""
+    """Run or resume a whole study: scales x languages x merges at equal FLOPs, and its report; or the paper's table of runs."""
+    from hyperllama.config import read_yaml
+
+    if "families" in (values := read_yaml(recipe)) and isinstance(values["families"], dict):
+        _table_of_runs(recipe, overrides, write, show, recipes, dry_run, as_json)
+        return
+    if write is not None or show is not None:
+        raise HyperLlamaError(
+            f"{recipe} is a study, not a table of runs: --write and --print are for those (recipes/paper.yaml)"
+        )
+    if "seeds" in values:
+        from hyperllama.experiment.seeds import describe_seeds, load_seeds, run_seeds
+
+        several = load_seeds(recipe, overrides)
+        if dry_run:
+            _print(describe_seeds(several), as_json)
+            return
+        found = run_seeds(several)
+        if as_json:
+            _print(found, True)
+        return
     from hyperllama.experiment.recipe import load_experiment
     from hyperllama.experiment.run import describe, run_experiment
 
@@ -612,6 +648,35 @@ def experiment_command(
     results = run_experiment(settings)
     if as_json:
         _print(results, True)
+
+
+def _table_of_runs(
+    recipe: Path,
+    overrides: list[str] | None,
+    write: Path | None,
+    show: str | None,
+    recipes: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from hyperllama.experiment.campaign import PRINTERS, commands, describe, run_grid, write_recipes
+    from hyperllama.experiment.paper import load_paper, paper_grid
+
+    grid = paper_grid(load_paper(recipe, overrides))
+    if dry_run:
+        if write is not None:
+            check_free(write)
+        _print(describe(grid), as_json)
+    elif show is not None:
+        if show not in PRINTERS:
+            raise HyperLlamaError(f"--print {show}: {nearest(show, PRINTERS)}")
+        print(commands(grid, recipes, show), end="")
+    elif write is not None:
+        _print(write_recipes(grid, write) | {"writes": str(write)}, as_json)
+    else:
+        results = run_grid(grid)
+        if as_json:
+            _print(results, True)
 
 
 @app.command("runs")

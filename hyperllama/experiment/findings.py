@@ -80,8 +80,10 @@ class View:
                     )
 
     def of_kind(self, kind: str) -> list[Row]:
-        """Rows of a kind, by family."""
+        """Rows of a kind, by family; of merges those of all languages."""
         rows = [row for row in self.rows if row["kind"] == kind]
+        if kind == "merge":
+            rows = [row for row in rows if len(row["parents"]) == len(self.targets)]
         return sorted(rows, key=lambda row: self.families.index(row["family"]))
 
     def letters(self) -> dict[str, str]:
@@ -142,6 +144,44 @@ class View:
                     what = f"merge: {words(row['method'])}" if row["kind"] == "merge" else "joint training"
                     table.append((family, what, {tag: bits(row, tag) for tag in self.languages}))
         return table
+
+    def subsets(self) -> tuple[list[tuple[str, str]], dict[tuple[str, ...], dict[tuple[str, str], float | None]]]:
+        """Merges of sets of languages: ((family, method) in order, set -> (family, method) -> mean bits per byte over the set)."""
+        language = {row["id"]: row["language"] for row in self.rows}
+        found: dict[tuple[str, ...], dict[tuple[str, str], float | None]] = {}
+        merges = [row for row in self.rows if row["kind"] == "merge"]
+        for row in merges:
+            members = tuple(language[parent] for parent in row["parents"] if language.get(parent))
+            found.setdefault(members, {})[row["family"], row["method"]] = average_bits(row, list(members))
+        columns = [(family, method) for family in self.families for method in self.methods()]
+        order = sorted(found, key=lambda members: (len(members), [self.languages.index(tag) for tag in members]))
+        return [column for column in columns if any(column in cells for cells in found.values())], {
+            members: found[members] for members in order
+        }
+
+    def scaling(self) -> list[tuple[str, str, int, float | None, float | None]]:
+        """(family, moment, total FLOPs, bits per byte of the base language, mean of the added ones), by family and FLOPs.
+
+        The added languages after adaptation to one: each by its own model, and the base language the mean of those models.
+        """
+        found = []
+        for family in self.families:
+            points: list[tuple[str, int, float | None, float | None]] = []
+            for row in [*self.of_kind("base"), *self.of_kind("joint")]:
+                if row["family"] == family:
+                    what = "joint training" if row["kind"] == "joint" else "before adaptation"
+                    points.append((what, row["total"], bits(row, self.base), average_bits(row, self.targets)))
+            singles = self.language_models(family)
+            if len({row["total"] for row in singles.values()}) == 1:
+                kept = average([bits(row, self.base) for row in singles.values()])
+                own = average([bits(row, tag) for tag, row in singles.items()])
+                points.append(("a model a language", next(iter(singles.values()))["total"], kept, own))
+            for row in self.of_kind("merge"):
+                if row["family"] == family:
+                    means = bits(row, self.base), average_bits(row, self.targets)
+                    points.append((f"merge: {words(row['method'])}", row["total"], *means))
+            found += [(family, *point) for point in sorted(points, key=lambda point: point[1])]
+        return found
 
     def forgetting(self) -> list[tuple[Row, float, float]]:
         """(model, base-language bits per byte before its adaptation, and after) for every adapted model."""

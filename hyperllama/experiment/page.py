@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, nothing loaded, plots embedded; readable on a phone and in print."""
+"""The report as one HTML page: no script, nothing loaded, plots and tables embedded; readable on a phone and in print."""
 
 import base64
 import math
@@ -22,8 +22,8 @@ FLOPS = (
 )
 
 
-def render(view: View, plots: list[Picture], csv_files: list[str]) -> str:
-    """The page as HTML; all text from the results is escaped."""
+def render(view: View, plots: list[Picture], tables: dict[str, str]) -> str:
+    """The page as HTML; `tables` are CSV texts by name, each to be downloaded from it. All text from the results is escaped."""
     title = f"{view.results['name']}: scale, language and merging at equal FLOPs"
     sentences = findings(view)
     found = "".join(f"<li><b>{escape(topic)}</b>{escape(sentence)}</li>" for topic, sentence in sentences)
@@ -33,12 +33,12 @@ def render(view: View, plots: list[Picture], csv_files: list[str]) -> str:
         f'<p class="lead">Text: {escape(view.results["corpus"].rstrip("."))}. {SCOPE}</p>{_facts(view)}</header>',
         f"<section>{summary}\n<p class='caution'>{CAUTION}</p></section>",
         f"<section><h2>The families</h2>{_families(view)}</section>",
-        *map(_figure, plots),
-        _ledger(view),
-        _evaluation(view),
-        _comparison(view),
-        _pairs(view),
-        f"<footer><p>{FLOPS}</p><p>All tables at full precision: {escape(', '.join(csv_files))}.</p></footer>",
+        *(_figure(plot, tables) for plot in plots),
+        _ledger(view, tables),
+        _evaluation(view, tables),
+        _comparison(view, tables),
+        _pairs(view, tables),
+        f"<footer><p>{FLOPS}</p><p>The CSV files hold full precision.</p></footer>",
     ]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -96,12 +96,18 @@ def _mark(family: str) -> str:
     return f'<svg class="mark" viewBox="0 0 12 12" fill="{colour}" aria-hidden="true">{shapes[marker]}</svg>'
 
 
-def _figure(plot: Picture) -> str:
+def _download(tables: dict[str, str], name: str) -> str:
+    """A link that saves a table, which lies in the page itself."""
+    data = base64.b64encode(tables[name].encode()).decode()
+    return f'<a class="csv" download="{name}.csv" href="data:text/csv;base64,{data}">{name}.csv</a>'
+
+
+def _figure(plot: Picture, tables: dict[str, str]) -> str:
     wide, narrow = (f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in (plot.wide, plot.narrow))
     return (
         f'<section><h2>{escape(plot.title)}</h2><figure><picture><source media="(max-width: 600px)" srcset="{narrow}">'
         f'<img src="{wide}" alt="{escape(plot.alt)}"></picture>'
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure></section>"
+        f"<figcaption>{escape(plot.caption)} {_download(tables, plot.table)}</figcaption></figure></section>"
     )
 
 
@@ -128,7 +134,7 @@ def _opens(rows: list[Row], i: int) -> bool:
     )
 
 
-def _ledger(view: View) -> str:
+def _ledger(view: View, tables: dict[str, str]) -> str:
     letters = view.letters()
     lines = []
     for i, row in enumerate(view.rows):
@@ -141,10 +147,10 @@ def _ledger(view: View) -> str:
         for i, group in enumerate(view.results.get("equal", []))
     )
     head = ["model", "equal", "parameters", "spent FLOPs", "inherited FLOPs", "total FLOPs"]
-    return f'<section><h2>Ledger</h2><ul class="key">{key}</ul>{_table(head, lines)}</section>'
+    return f'<section><h2>Ledger</h2><ul class="key">{key}</ul>{_table(head, lines)}{_download(tables, "ledger")}</section>'
 
 
-def _evaluation(view: View) -> str:
+def _evaluation(view: View, tables: dict[str, str]) -> str:
     best = {
         tag: min((value for row in view.rows if (value := bits(row, tag)) is not None), default=None)
         for tag in view.languages
@@ -155,7 +161,7 @@ def _evaluation(view: View) -> str:
     ]
     head = ["model", *(escape(language_name(tag)) for tag in view.languages)]
     note = "<p>The least of each column is bold; rows differ in FLOPs.</p>"
-    return f"<section><h2>Bits per byte</h2>{note}{_table(head, lines)}</section>"
+    return f"<section><h2>Bits per byte</h2>{note}{_table(head, lines)}{_download(tables, 'evaluation')}</section>"
 
 
 def _bits(value: float | None, best: float | None = None) -> str:
@@ -166,7 +172,7 @@ def _bits(value: float | None, best: float | None = None) -> str:
     return f"<td><b>{text}</b></td>" if best is not None and text == f"{best:.3f}" else f"<td>{text}</td>"
 
 
-def _comparison(view: View) -> str:
+def _comparison(view: View, tables: dict[str, str]) -> str:
     table = view.comparison()
     if not table:
         return ""
@@ -179,10 +185,11 @@ def _comparison(view: View) -> str:
     methods = f" Merge methods: {escape(', '.join(map(words, view.methods())))}." if view.methods() else ""
     head = ["family", *(escape(language_name(tag)) for tag in view.languages), "mean of added"]
     title = "Merges, single-language models, joint training"
-    return f"<section><h2>{title}</h2><p>Bits per byte.{methods}</p>{_table(head, lines)}</section>"
+    download = _download(tables, "comparison")
+    return f"<section><h2>{title}</h2><p>Bits per byte.{methods}</p>{_table(head, lines)}{download}</section>"
 
 
-def _pairs(view: View) -> str:
+def _pairs(view: View, tables: dict[str, str]) -> str:
     tags = [tag for tag in view.languages if any("accuracy" in row["eval"].get(tag, {}) for row in view.rows)]
     if not tags:
         return ""
@@ -202,7 +209,7 @@ def _pairs(view: View) -> str:
     head = ["model", *(f"{escape(language_name(tag))}<small>{counts[tag]:,} pairs</small>" for tag in tags)]
     return (
         "<section><h2>Minimal pairs</h2><p>Share of pairs (%) in which the model gives the acceptable sentence the "
-        f"higher probability. The line in each cell is chance, 50 %.</p>{_table(head, lines)}</section>"
+        f"higher probability. The line in each cell is chance, 50 %.</p>{_table(head, lines)}{_download(tables, 'pairs')}</section>"
     )
 
 
@@ -243,6 +250,7 @@ dl, dd { margin: 0; }
 figure { margin: 0; }
 img { display: block; width: 100%; height: auto; }
 figcaption { margin-top: .7rem; max-width: 44rem; color: var(--soft); font-size: .87rem; }
+.csv { display: inline-block; margin-top: .3rem; color: #14527d; font-size: .87rem; white-space: nowrap; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; width: 100%; font-size: .84rem; font-variant-numeric: tabular-nums lining-nums; }
 th, td { padding: .26rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
@@ -294,5 +302,6 @@ footer {
   table { font-size: 7.6pt; }
   th, td { padding: .15rem .35rem; }
   th:first-child { position: static; }
+  .csv { display: none; }
 }
 """

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
-from hyperllama.experiment.findings import View, average, bits, language_name, signed
+from hyperllama.experiment.findings import View, average, bits, language_name, signed, words
 
 INK, SOFT, RULE = "#1d2329", "#667079", "#e3e7ea"
 STYLE = {
@@ -33,14 +34,16 @@ STYLE = {
 }  # fmt: skip
 LOOKS = {"1x": ("#0072B2", "o"), "1x-cloned": ("#D55E00", "s"), "2x": ("#009E73", "D"), "2x-scratch": ("#7A7F85", "^")}
 HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#dcebf3", "#9cc5dd", "#4d94bd", "#14527d"])
+COLOURS = 160
 WIDE, NARROW = 8.6, 3.9  # inches; the page shows them at about 860 and 350 CSS pixels
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One plot: file stem, what it shows in words, and its two renderings."""
+    """One plot: file stem, the table with its numbers, what it shows in words, and its two renderings."""
 
     name: str
+    table: str
     title: str
     alt: str
     caption: str
@@ -56,34 +59,42 @@ def look(family: str) -> tuple[str, str]:
 def pictures(view: View) -> list[Picture]:
     """All plots for which the results hold numbers."""
     base = language_name(view.base)
-    plots: list[tuple[str, str, str, str, Callable[[View, bool], Figure | None]]] = [
-        ("loss", "Training loss against total FLOPs", "Line plots, one panel per language, one line per family.",
+    plots: list[tuple[str, str, str, str, str, Callable[[View, bool], Figure | None]]] = [
+        ("loss", "loss", "Training loss against total FLOPs", "Line plots, one panel per language, one line per family.",
          "Each run's loss on its own training mixture, against everything spent on the model so far, ancestors too. "
          "Marked ends of a panel are the same integer of FLOPs. A dotted line: the small model was grown here. "
          "The first tenth of a run may leave the top of its panel; the y-axes differ.", loss),
-        ("bits", "Bits per byte at equal FLOPs", "Dot plot: languages by families, and the difference from 1x.",
+        ("bits", "bits", "Bits per byte at equal FLOPs", "Dot plot: languages by families, and the difference from 1x.",
          "Development text of each language, measured on that language's own models. Lower is better. "
          "Bytes are not the same amount of text in every script, so compare families, not languages.", bits_per_byte),
-        ("forgetting", f"What adaptation did to {base}", f"Dumbbell plot of {base} bits per byte before and after.",
+        ("scaling", "scaling", "Bits per byte against total FLOPs", "Two line plots: the base language, and the added ones.",
+         f"{base} and the mean of added languages at exact total FLOPs. A line follows a family from before adaptation over "
+         "one model a language (each measured on its own, English on all) to joint training; hollow marks: merges.", scaling),
+        ("forgetting", "forgetting", f"What adaptation did to {base}", f"Dumbbell plot of {base} bits per byte before and after.",
          f"{base} bits per byte before (hollow) and after (filled) adaptation. To the right: forgotten.", forgetting),
-        ("merges", "Merging against its alternatives", "Heat-map of bits per byte: models by languages.",
+        ("merges", "comparison", "Merging against its alternatives", "Heat-map of bits per byte: models by languages.",
          "Bits per byte; a darker cell needs more, relative to the best of its column; a frame marks the best merge of "
          "a column. Own-language model: each column is another model. Last column: mean of added languages.", merges),
+        ("subsets", "subsets", "Merges of every set of languages", "Heat-map of bits per byte: sets by family and method.",
+         "Mean bits per byte of a merge over the languages that were merged; a darker cell needs more, relative to the best "
+         "of its row, whose cell is framed.", subsets),
     ]  # fmt: skip
     drawn = []
     with matplotlib.style.context(["default", STYLE]):
-        for name, title, alt, caption, draw in plots:
+        for name, table, title, alt, caption, draw in plots:
             wide, narrow = draw(view, False), draw(view, True)
             if wide is not None and narrow is not None:
-                drawn.append(Picture(name, title, alt, caption, _png(wide, 160), _png(narrow, 200)))
+                drawn.append(Picture(name, table, title, alt, caption, _png(wide, 160), _png(narrow, 200)))
     return drawn
 
 
 def _png(figure: Figure, dpi: int) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None}, pil_kwargs={"optimize": True}
-    )
+    """PNG of a palette: a third of the bytes, and no eye tells."""
+    raw, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(raw, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    with Image.open(raw) as picture:
+        small = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    small.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
@@ -153,6 +164,40 @@ def loss(view: View, narrow: bool) -> Figure | None:
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     figure.supxlabel(f"total FLOPs, dense ($\\times10^{{{exponent}}}$)", fontsize=8.5, color=SOFT)
     figure.supylabel("training loss (nats per token)", fontsize=8.5, color=SOFT)
+    _legend(figure, view.families, "-")
+    return figure
+
+
+def scaling(view: View, narrow: bool) -> Figure | None:
+    """Two panels: bits per byte of the base language, and the mean of added ones, against exact total FLOPs."""
+    points = view.scaling()
+    if len({flops for _, _, flops, *_ in points}) < 2:
+        return None
+    figure = Figure(figsize=(NARROW, 5.2) if narrow else (WIDE, 3.3))
+    panels = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
+    exponent = 3 * int(math.log10(max(flops for _, _, flops, *_ in points)) // 3)
+    for column, (axes, title) in enumerate(
+        zip(panels, (language_name(view.base), "Added languages, mean"), strict=True)
+    ):
+        for family in view.families:
+            colour, marker = look(family)
+            line: list[tuple[float, float]] = []
+            for _, what, flops, *values in (point for point in points if point[0] == family):
+                value = values[column]
+                if value is None:
+                    continue
+                x = flops / 10**exponent
+                if what.startswith("merge"):
+                    axes.plot(x, value, marker=marker, color=colour, markerfacecolor="white", markersize=4.5)
+                else:
+                    line.append((x, value))
+            if line:
+                axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=4.5, linewidth=1.4)
+        axes.set_title(title)
+        axes.margins(x=0.06, y=0.1)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    figure.supxlabel(f"total FLOPs, dense ($\\times10^{{{exponent}}}$)", fontsize=8.5, color=SOFT)
+    figure.supylabel("bits per byte", fontsize=8.5, color=SOFT)
     _legend(figure, view.families, "-")
     return figure
 
@@ -305,6 +350,52 @@ def merges(view: View, narrow: bool) -> Figure | None:
         spine.set_visible(False)
     axes.set_xlim(-0.68, x[-1] + 0.5)
     axes.set_ylim(y[-1] + 0.55, -0.4)
+    return figure
+
+
+def subsets(view: View, narrow: bool) -> Figure | None:
+    """Heat-map: sets of merged languages by family and method, in mean bits per byte over the set."""
+    columns, sets = view.subsets()
+    if len(sets) < 2:
+        return None
+    values = np.array([[cells.get(column) for column in columns] for cells in sets.values()], float)
+    excess = values / _least(values.T)[:, None] - 1
+    finite = excess[np.isfinite(excess)]
+    limit = max(float(np.quantile(finite, 0.95)) if len(finite) else 0.0, 1e-6)
+    size = 4.4 if narrow else 7.5
+    figure = Figure(figsize=(NARROW if narrow else WIDE, (0.16 if narrow else 0.23) * len(sets) + 1.2))
+    axes = figure.add_subplot()
+    for row in range(len(sets)):
+        for column in range(len(columns)):
+            value, known = values[row, column], math.isfinite(values[row, column])
+            shade = min(excess[row, column] / limit, 1.0) if known else 0.0
+            best = known and excess[row, column] == 0
+            axes.add_patch(
+                Rectangle(
+                    (column - 0.48, row - 0.46), 0.96, 0.92, facecolor=HEAT(shade), edgecolor=INK, linewidth=1.2 * best
+                )
+            )
+            axes.text(
+                column, row + 0.03, f"{value:.2f}" if known else "\N{EN DASH}", ha="center", va="center", fontsize=size,
+                color="white" if shade > 0.62 else INK,
+            )  # fmt: skip
+    names = [
+        " ".join(tag[:3] for tag in members) if narrow else ", ".join(map(language_name, members)) for members in sets
+    ]
+    axes.set_yticks(range(len(sets)), names, fontsize=size, color=INK)
+    axes.set_xticks(
+        range(len(columns)), [words(method) for _, method in columns], fontsize=size, rotation=60, ha="left"
+    )
+    axes.xaxis.tick_top()
+    for tick, (family, _) in zip(axes.get_xticklabels(), columns, strict=True):
+        tick.set_color(look(family)[0])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlim(-0.55, len(columns) - 0.45)
+    axes.set_ylim(len(sets) - 0.4, -0.6)
+    _legend(figure, list(dict.fromkeys(family for family, _ in columns)))
     return figure
 
 

@@ -21,6 +21,7 @@ from hyperllama.merge.methods import METHODS
 
 FAMILIES = ("1x", "1x-cloned", "2x")
 SCRATCH = "2x-scratch"
+GROUPS = ("base/1x", "base/2x", f"base/{SCRATCH}", *(f"adapt/{family}" for family in FAMILIES))
 
 
 class SampleSettings(Settings):
@@ -50,6 +51,9 @@ class ExperimentConfig(Settings):
     micro_batch: int = Field(gt=0)
     precision: str = Field("fp32", pattern="^(bf16|fp32)$")
     optimizer: OptimizerSettings = OptimizerSettings()
+    rates: dict[str, float] = Field(
+        {}, description="peak learning rates of groups of arms, base/<family> or adapt/<family>; others: optimizer.lr"
+    )
     schedule: ScheduleSettings = ScheduleSettings()
     english_tokens: int = Field(gt=0, description="tokens of the base at 1x, rounded to five shared quanta of FLOPs")
     adapt_tokens: int = Field(gt=0, description="tokens of an adaptation at 1x, rounded to shared quanta of FLOPs")
@@ -64,7 +68,7 @@ class ExperimentConfig(Settings):
     merge_methods: list[str] = Field(["linear", "task_arithmetic", "ties"], min_length=1)
     density: float = Field(0.5, gt=0, le=1, description="of ties")
     dev_bytes: int = Field(10**9, gt=0, description="development text read per language")
-    dev_pairs: int = Field(10**9, gt=0, description="minimal pairs read per language")
+    dev_pairs: int = Field(10**9, ge=0, description="minimal pairs read per language")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ExperimentConfig":
@@ -75,6 +79,9 @@ class ExperimentConfig(Settings):
         for family in self.families:
             if family not in (*FAMILIES, SCRATCH):
                 raise ValueError(f"families: {family!r} is unknown; {nearest(family, (*FAMILIES, SCRATCH))}")
+        for group in self.rates:
+            if group not in GROUPS:
+                raise ValueError(f"rates: {group!r} is unknown; {nearest(group, GROUPS)}")
         for method in self.merge_methods:
             if method not in METHODS:
                 raise ValueError(f"merge_methods: {method!r} is unknown; {nearest(method, METHODS)}")
@@ -121,6 +128,11 @@ class Arm:
     start: str | None
     flops: int
     shares: dict[str, float]
+
+    @property
+    def group(self) -> str:
+        """The arms that share a learning rate: one for each size and family, before adaptation and in it."""
+        return f"{'base' if self.kind == 'base' or self.start is None else 'adapt'}/{self.family}"
 
 
 def load_experiment(recipe: str | Path, assignments: list[str] | None = None) -> ExperimentConfig:

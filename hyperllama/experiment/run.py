@@ -14,9 +14,11 @@ Everything is a pure function of the recipe; what exists is kept, so an interrup
 
 import gzip
 import json
+import shutil
 import time
 import zlib
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from hyperllama.merge.planner import plan as plan_merge
 from hyperllama.merge.recipe import read_recipe
 from hyperllama.progress import console, progress_bar
 from hyperllama.train.loop import train
+from hyperllama.train.plan import make_plan
 
 SAMPLE = (
     "built-in sample sentences in six languages: text to try the software on, which says nothing about real languages"
@@ -100,9 +103,11 @@ def _eta(config: ExperimentConfig, model: ModelConfig, arms: list[Arm], rates: d
 class Study:
     """The folders of one study and the steps that fill them."""
 
-    def __init__(self, config: ExperimentConfig):
+    def __init__(self, config: ExperimentConfig, data: Path | None = None, reuse: Path | None = None):
+        """`data`: the folder of text, tokenizer and shards (default: out); `reuse`: a study whose equal runs are copied."""
         self.config, self.out, self.console = config, Path(config.out), console()
-        self.tokenizer_file = self.out / "tokenizer.model"
+        self.data, self.reuse = data or self.out, reuse
+        self.tokenizer_file = self.data / "tokenizer.model"
 
     def folder(self, arm: str) -> Path:
         """Where the model `arm` lies."""
@@ -112,24 +117,12 @@ class Study:
         return self.out / "runs" / arm / "model"
 
     def claim(self) -> None:
-        """Take the output folder for this recipe.
-
-        Raises HyperLlamaError when another recipe's study lies there.
-        """
-        wanted, file = self.config.model_dump(mode="json"), self.out / "experiment.yaml"
-        if file.is_file():
-            stored = read_yaml(file)
-            differing = [key for key in wanted if stored.get(key) != wanted[key]]
-            if differing:
-                raise HyperLlamaError(
-                    f"{self.out} holds a study with another {differing[0]} ({stored.get(differing[0])}, now "
-                    f"{wanted[differing[0]]}): choose another out, or remove the folder"
-                )
-        write_text(file, yaml.safe_dump(wanted, sort_keys=False))
+        """Take the output folder for this recipe. Raises HyperLlamaError when another recipe's study lies there."""
+        claim(self.out, self.config.model_dump(mode="json"))
 
     def prepare(self) -> None:
         """Text, tokenizer, shards, development parts."""
-        c, source = self.config, Path(self.config.corpus) if self.config.corpus else self.out / "corpus"
+        c, source = self.config, Path(self.config.corpus) if self.config.corpus else self.data / "corpus"
         if c.sample and not source.is_dir():
             self.say(
                 f"writing {c.sample.bytes_per_language:,} bytes of sample text in each of {len(c.languages)} languages"
@@ -148,11 +141,11 @@ class Study:
             train_tokenizer(list(train_files.values()), self.tokenizer_file, c.vocab, seed=c.seed)
         tokenizer = Tokenizer.load(self.tokenizer_file)
         for language, file in train_files.items():
-            if not (self.out / "shards" / language).is_dir():
+            if not (self.data / "shards" / language).is_dir():
                 self.say(f"tokenizing {language}")
-                build_shards([file], tokenizer, self.out / "shards" / language, language=language)
-        if not (self.out / "dev").is_dir():
-            with atomic_folder(self.out / "dev") as dev:
+                build_shards([file], tokenizer, self.data / "shards" / language, language=language)
+        if not (self.data / "dev").is_dir():
+            with atomic_folder(self.data / "dev") as dev:
                 for language in c.languages:
                     text, pairs = dev / f"{language}.jsonl", dev / f"{language}.pairs.jsonl"
                     _head(_part(source, language, "dev"), text, c.dev_bytes)
@@ -172,14 +165,14 @@ class Study:
             "tokenizer": str(self.tokenizer_file),
             "data": {
                 "sources": [
-                    {"path": str(self.out / "shards" / tag), "weight": share} for tag, share in arm.shares.items()
+                    {"path": str(self.data / "shards" / tag), "weight": share} for tag, share in arm.shares.items()
                 ],
                 "seq_len": c.seq_len,
             },
             "budget": {"flops": arm.flops},
             "global_batch": c.global_batch,
             "micro_batch": c.micro_batch,
-            "optimizer": c.optimizer.model_dump(),
+            "optimizer": c.optimizer.model_dump() | {"lr": c.rates.get(arm.group, c.optimizer.lr)},
             "schedule": c.schedule.model_dump(),
             "precision": c.precision,
             "export": {"adam_v": True},  # for the merges that weigh by it
@@ -198,7 +191,9 @@ class Study:
     def run_arm(self, arm: Arm, cost: int, label: str) -> None:
         """Train an arm, or make a clone."""
         if arm.shares:
-            train(self.run_config(arm, cost), label=label)
+            config = self.run_config(arm, cost)
+            if not self.copied(config):
+                train(config, label=label)
         elif not self.folder(arm.id).is_dir():
             assert arm.start is not None  # a clone has a source
             result = grow_folder(
@@ -210,6 +205,18 @@ class Study:
             self.say(
                 f"{label}: grown, largest logit difference {result['verified']['logits']['max_logit_difference']:.2g}"
             )
+
+    def copied(self, config: RunConfig) -> bool:
+        """Whether a run was copied from the study to reuse: the same in all that decides its result."""
+        if self.reuse is None or Path(config.out).exists():
+            return False
+        other = self.reuse / "runs" / config.name
+        record = other / "run.json"
+        if not record.is_file() or read_json(record)["ledger"]["run"] != make_plan(config).ledger.run:
+            return False
+        with atomic_folder(config.out, sync=False) as folder:
+            shutil.copytree(other, folder, dirs_exist_ok=True)
+        return True
 
     def merge(self, method: str, family: str) -> str:
         """Merge the language models of a family onto their true parent; returns the merge's id."""
@@ -237,7 +244,7 @@ class Study:
         hashes = folder_hashes(open_folder(self.folder(model)))
         if file.is_file() and read_json(file)["sha256"] == hashes:
             return read_json(file)["eval"]
-        dev = self.out / "dev"
+        dev = self.data / "dev"
         texts = {tag: dev / f"{tag}.jsonl" for tag in c.languages}
         pairs = {tag: dev / f"{tag}.pairs.jsonl" for tag in c.languages if (dev / f"{tag}.pairs.jsonl").is_file()}
         measured = evaluate_folder(self.folder(model), list(texts.values()), list(pairs.values()), seq_len=c.seq_len)
@@ -253,13 +260,30 @@ class Study:
         self.console.print(sentence)
 
 
-def run_experiment(config: ExperimentConfig) -> dict[str, Any]:
-    """Run or resume a study; returns the content of results.json.
+def claim(out: Path, wanted: dict[str, Any]) -> None:
+    """Take an output folder for a resolved recipe.
+
+    Raises HyperLlamaError when another recipe's study lies there.
+    """
+    file = out / "experiment.yaml"
+    if file.is_file():
+        stored = read_yaml(file)
+        differing = [key for key in wanted if stored.get(key) != wanted[key]]
+        if differing:
+            raise HyperLlamaError(
+                f"{out} holds a study with another {differing[0]} ({stored.get(differing[0])}, now "
+                f"{wanted[differing[0]]}): choose another out, or remove the folder"
+            )
+    write_text(file, yaml.safe_dump(wanted, sort_keys=False))
+
+
+def run_experiment(config: ExperimentConfig, data: Path | None = None, reuse: Path | None = None) -> dict[str, Any]:
+    """Run or resume a study; returns the content of results.json. `data` and `reuse` are Study's.
 
     Raises HyperLlamaError for bad input, and when ledgers that must be equal are not.
     """
     began = time.perf_counter()
-    study = Study(config)
+    study = Study(config, data, reuse)
     model = config.model.resolve(config.vocab, config.seq_len)
     spend = budgets(config, model)
     arms = grid(config, spend)
@@ -297,7 +321,7 @@ def run_experiment(config: ExperimentConfig) -> dict[str, Any]:
         "budgets": {"quantum": spend.quantum, "english": spend.english, "adapt": spend.adapt},
         "models": rows,
         "equal": equal_groups(config, spend, rows),
-        "curves": {arm.id: _curve(study.out / "runs" / arm.id / "metrics.jsonl") for arm in arms if arm.shares},
+        "curves": {arm.id: curve(study.out / "runs" / arm.id / "metrics.jsonl") for arm in arms if arm.shares},
     }
     write_json(study.out / "results.json", results)
     files = write_report(results, study.out)
@@ -370,7 +394,7 @@ def _model_row(study: Study, name: str, family: str, kind: str) -> dict[str, Any
     }
 
 
-def _curve(metrics: Path) -> list[list[float]]:
+def curve(metrics: Path) -> list[list[float]]:
     """Training loss against total FLOPs: means over at most 200 equal stretches of steps, every window counted once.
 
     A last stretch that is not whole joins the one before: a budget's last step may be one window, and its loss mere noise.
@@ -416,10 +440,10 @@ def _lines(file: Path) -> Iterable[str]:
         raise HyperLlamaError(f"{file} cannot be read: {error}") from None
 
 
-def _head(source: Path, out: Path, limit: int) -> None:
-    """The first documents of a JSONL file, up to `limit` bytes of lines but at least one."""
+def _head(source: Path, out: Path, limit: int, after: int = 0) -> None:
+    """The first documents of a JSONL file after `after` of them, up to `limit` bytes of lines but at least one."""
     with out.open("w", encoding="utf-8") as file:
-        for line in _lines(source):
+        for line in islice(_lines(source), after, None):
             if file.tell() and file.tell() + len(line.encode()) > limit:
                 break
             file.write(line)
@@ -427,7 +451,7 @@ def _head(source: Path, out: Path, limit: int) -> None:
 
 def _spread(source: Path, out: Path, count: int) -> None:
     """`count` lines of a JSONL file, evenly spaced: files are often sorted by phenomenon. No file, no pairs."""
-    if not source.is_file():
+    if not source.is_file() or not count:
         return
     lines = list(_lines(source))
     keep = min(count, len(lines))

@@ -1,13 +1,15 @@
 """A merge of model folders, checked before any work: do configs, tensors and tokenizers fit, and what comes out?"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from hyperllama.config import ModelConfig
 from hyperllama.dtypes import BYTES
-from hyperllama.errors import HyperLlamaError
+from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.files import sha256_file
 from hyperllama.hub import Folder, check_tied, factor_is_folded, model_config, open_folder
 from hyperllama.merge.methods import Call
@@ -152,6 +154,43 @@ def _check_regmean(step: Step) -> None:
             f"tensor {step.name}: hyperllama.regmean needs weights of 0 or more, not all 0; they are "
             f"{list(step.call.weights)}"
         )
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model of which only the shape is known: what a folder of its weights will hold."""
+
+    config: ModelConfig
+    stored: str = "bfloat16"
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {tensor.name: tensor.shape for tensor in logical_tensors(self.config)}
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names, sorted."""
+        return sorted(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor."""
+        return self.stored
+
+
+def plan_outlines(recipe: Recipe, outlines: Mapping[str, Outline]) -> list[Step]:
+    """The steps of a merge of models that need not exist yet, by their labels in the recipe.
+
+    Raises HyperLlamaError as plan does for shapes and parameters that do not fit, and for a label without an outline.
+    """
+    for label in recipe.model_names:
+        if label not in outlines:
+            raise HyperLlamaError(f"{label} is no model that is planned; {nearest(label, outlines)}")
+    named = {label: outlines[label] for label in recipe.model_names}
+    return tensor_steps(recipe, named, {label for label, model in named.items() if model.config.tie_embeddings})
 
 
 def plan(recipe: Recipe, cwd: str | Path = ".") -> Plan:

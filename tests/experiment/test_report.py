@@ -87,18 +87,50 @@ def without(results: dict[str, Any], drop: Callable[[dict[str, Any]], bool]) -> 
 
 
 def test_every_plot_and_table_is_a_file(written: Path) -> None:
-    plots = {"loss.png", "bits.png", "forgetting.png", "merges.png"}
-    tables = {"ledger.csv", "evaluation.csv", "comparison.csv", "forgetting.csv", "pairs.csv"}
+    plots = {"loss.png", "bits.png", "scaling.png", "forgetting.png", "merges.png"}
+    tables = {
+        "loss.csv",
+        "bits.csv",
+        "scaling.csv",
+        "ledger.csv",
+        "evaluation.csv",
+        "comparison.csv",
+        "forgetting.csv",
+        "pairs.csv",
+    }
     assert {file.name for file in written.iterdir()} == {"report.html"} | plots | tables
     assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in plots)
 
 
 def test_page_is_well_formed_and_loads_nothing(written: Path) -> None:
     sources = page(written).sources
-    assert len(sources) == 8
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    embedded = {base64.b64decode(source.split(",", 1)[1]) for source in sources}
+    pictures = [source for source in sources if source.startswith("data:image/png;base64,")]
+    assert len(pictures) == 10
+    embedded = {base64.b64decode(source.split(",", 1)[1]) for source in pictures}
     assert {file.read_bytes() for file in written.glob("*.png")} < embedded
+    tables = [source for source in sources if source.startswith("data:text/csv;base64,")]
+    assert len(pictures) + len(tables) == len(sources)
+    downloads = {base64.b64decode(source.split(",", 1)[1]) for source in tables}
+    assert downloads == {file.read_bytes() for file in written.glob("*.csv")}
+    assert (written / "report.html").stat().st_size < 1_200_000
+
+
+def test_every_figure_and_table_offers_its_numbers(written: Path) -> None:
+    html = (written / "report.html").read_text(encoding="utf-8")
+    figures = re.findall(r"<figure>.*?</figure>", html, re.DOTALL)
+    names = [re.findall(r'download="(\w+)\.csv"', figure) for figure in figures]
+    assert names == [["loss"], ["bits"], ["scaling"], ["forgetting"], ["comparison"]]
+    assert len(re.findall(r"<a class=.csv. download", html)) == 9  # comparison's twice: figure and table
+
+
+def test_scaling_follows_a_family_over_exact_flops(results: dict[str, Any], written: Path) -> None:
+    with (written / "scaling.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["family"] == "2x" and not row["what"].startswith("merge")]
+    assert [row["what"] for row in rows] == ["before adaptation", "a model a language", "joint training"]
+    assert [int(row["total_flops"]) for row in rows] == [ENGLISH, ENGLISH + ADAPT, ENGLISH + 5 * ADAPT]
+    bits = {row["id"]: row["eval"] for row in results["models"]}
+    own = sum(bits[f"{tag}-2x"][tag]["bits_per_byte"] for tag in TARGETS) / 5
+    assert float(rows[1]["mean_of_targets"]) == pytest.approx(own)
 
 
 def test_ledger_has_every_model_with_its_exact_integers(results: dict[str, Any], written: Path) -> None:
@@ -118,6 +150,24 @@ def test_equal_groups_are_marked_in_the_ledger(results: dict[str, Any], written:
     marks = {row[0]: row[1] for row in page(written).tables[0][1:]}
     for letter, group in zip("ABC", results["equal"], strict=True):
         assert {name for name, mark in marks.items() if mark == letter} == set(group["ids"])
+
+
+def test_merges_of_several_sets_have_a_heat_map_of_their_own(results: dict[str, Any], tmp_path: Path) -> None:
+    """And take no part in comparisons with joint training, which has all languages."""
+    more = copy.deepcopy(results)
+    for row in [row for row in more["models"] if row["kind"] == "merge"]:
+        pair = copy.deepcopy(row) | {"id": f"{row['id']}-pair", "parents": row["parents"][:2]}
+        pair["total"] = pair["inherited"] = pair["inherited"] - 3 * ADAPT
+        pair["eval"]["est"]["bits_per_byte"] = 0.5
+        more["models"].append(pair)
+    write_report(more, tmp_path)
+    assert (tmp_path / "subsets.png").is_file()
+    with (tmp_path / "subsets.csv").open(encoding="utf-8") as file:
+        rows = {row["languages"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["est+fao", "est+fao+fas+isl+swe"] and len(rows["est+fao"]) == 10
+    fao = next(row for row in results["models"] if row["id"] == "merge-ties-2x")["eval"]["fao"]["bits_per_byte"]
+    assert float(rows["est+fao"]["2x ties"]) == pytest.approx((0.5 + fao) / 2)
+    assert "of 9 merges" in dict(findings(View(more)))["Merging"]
 
 
 def test_two_calls_give_identical_bytes(results: dict[str, Any], written: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.recipe import FAMILIES, load_experiment
-from hyperllama.experiment.run import _curve, describe, run_experiment
+from hyperllama.experiment.run import curve, describe, run_experiment
 from hyperllama.hub import open_folder
 
 ROOT = Path(__file__).parents[2]
@@ -134,16 +134,16 @@ def test_a_curve_counts_every_window_once_and_its_last_point_is_no_single_window
         for i, w in enumerate(windows)
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curve = _curve(file)
-    assert len(curve) == 166 and curve[-1][0] == 10 * windows[-1]
-    ends = [point[0] / 10 for point in curve]
+    points = curve(file)
+    assert len(points) == 166 and points[-1][0] == 10 * windows[-1]
+    ends = [point[0] / 10 for point in points]
     weights = [end - before for end, before in zip(ends, [0, *ends], strict=False)]
-    mean = sum(w * loss for w, (_, loss) in zip(weights, curve, strict=True)) / sum(weights)
+    mean = sum(w * loss for w, (_, loss) in zip(weights, points, strict=True)) / sum(weights)
     assert mean == pytest.approx((4 * 249 + 9) / windows[-1], abs=1e-6)
-    assert curve[-1][1] < 2
+    assert points[-1][1] < 2
     lines.insert(7, {"batch": 4, "total_flops": 0, "loss": None})  # a step that was skipped
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert _curve(file) == curve
+    assert curve(file) == points
 
 
 def test_another_recipe_is_refused_in_the_same_folder(study):
