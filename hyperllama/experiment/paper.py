@@ -40,7 +40,7 @@ class RunRow(Settings):
     warmup: int = Field(ge=0)
     decay: int = Field(ge=0)
     checkpoint: int = Field(250, gt=0)
-    gpus: int = Field(gt=0, description="of the paper's run: a fact that no recipe depends on")
+    gpus: int = Field(gt=0, description="of the paper's run, on which the copies hang that fill up a stage's last step")
     merged: bool = Field(True, description="whether the models are parts of merges")
 
 
@@ -102,6 +102,7 @@ class PaperConfig(Settings):
     optimizer: OptimizerSettings
     precision: str
     mask_document_start: bool
+    order: Literal["nanotron", "shuffled"] = Field("nanotron", description="of windows: the paper's, or ours")
     gpus_per_node: int = Field(gt=0)
     sizes: dict[str, SizeRow]
     base: BaseRow
@@ -416,10 +417,6 @@ def run_values(grid: Grid, run: Run) -> dict[str, Any]:
     """A training run as the values of a recipe for `hyperllama train`."""
     c = grid.config
     step = c.global_batch * grid.costs[run.size]
-    weights: dict[str, int] = {}
-    for stage in run.stages:
-        for source, windows in stage.windows.items():
-            weights[source] = weights.get(source, 0) + windows
     values: dict[str, Any] = {
         "name": run.id,
         "out": f"{c.out}/runs/{run.id}",
@@ -432,7 +429,7 @@ def run_values(grid: Grid, run: Run) -> dict[str, Any]:
         values["init_from"] = grid.folder(run.start)
     return values | {
         "data": {
-            "sources": [{"path": f"{c.shards}/{source}", "weight": float(count)} for source, count in weights.items()],
+            **_read(c, run),
             "seq_len": c.seq_len,
             "documents": "across",
             "mask_document_start": c.mask_document_start,
@@ -453,6 +450,24 @@ def run_values(grid: Grid, run: Run) -> dict[str, Any]:
             else {}
         ),
     }
+
+
+def _read(c: PaperConfig, run: Run) -> dict[str, Any]:
+    """The stages of a run: nanotron reads each window of a stage once and fills its last step up, shuffled draws by weight."""
+
+    def source(name: str, windows: int) -> dict[str, Any]:
+        return {"path": f"{c.shards}/{name}"} | ({"weight": float(windows)} if c.order == "shuffled" else {})
+
+    passes = [
+        {
+            "start_step": stage.start,
+            "seed": stage.seed,
+            "sources": [source(name, windows) for name, windows in stage.windows.items()],
+        }
+        for stage in run.stages
+    ]
+    tail = {"processes": run.row.gpus, "micro_batch": c.sizes[run.size].micro_batch}
+    return {"stages": passes, "order": c.order} | ({"nanotron_tail": tail} if c.order == "nanotron" else {})
 
 
 def merge_values(grid: Grid, merge: Merge) -> dict[str, Any]:

@@ -97,6 +97,12 @@ def test_a_run_resolves_to_the_papers_numbers(grid: Grid, written: Path, name: s
     assert o.decay == "all" and o.z_loss == 0 and recipe.precision == "bf16" and recipe.rope_tables == "bf16"
     assert recipe.loss_mean == "micro_batch" and recipe.parallel == "ddp" and recipe.data.documents == "across"
     assert recipe.data.mask_document_start and recipe.grow is None
+    assert recipe.data.stages is not None and recipe.data.order == "nanotron" and recipe.data.nanotron_tail is not None
+    assert [stage.start_step for stage in recipe.data.stages] == starts
+    assert [stage.seed for stage in recipe.data.stages] == seeds
+    read = [[Path(source.path).name for source in stage.sources] for stage in recipe.data.stages]
+    assert read == [list(stage.windows) for stage in run.stages]
+    assert recipe.data.nanotron_tail.processes == gpus and recipe.data.nanotron_tail.micro_batch == recipe.micro_batch
     cost = 3_082_108_796_928 if small else 8_773_410_226_176
     assert run.flops == cost * 5120 * steps
 
@@ -319,7 +325,7 @@ def tiny(study: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "out": str(folder / "out"), "tokenizer": str(study / "tokenizer.model"), "shards": str(study / "shards"),
         "model": {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
                   "vocab_size": 512},
-        "seq_len": SEQ_LEN, "global_batch": 4, "precision": "fp32",
+        "seq_len": SEQ_LEN, "global_batch": 4, "order": "shuffled", "precision": "fp32",
         "sizes": {"180M": {"micro_batch": 4}, "572M": {"micro_batch": 2}},
         "base": rows | {"id": "180M-english-1x-base", "stages": [{"seeds": [1, 2], "windows": {"eng": 10}}]},
         "english": rows | {"stages": [{"seeds": [1], "windows": {"eng": 140}}]},
