@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def correct(cell: Cell, device: str = "cuda") -> dict[str, Any]:
         inputs = clones(originals, dtype, only=BF16)
         truth = outputs_of(problem, clones(inputs, torch.float64), "reference")
         plain = outputs_of(problem, clones(inputs), "reference")
-        ours, again = raced(lambda inputs=inputs: outputs_of(problem, clones(inputs), "triton"), device)
+        ours, again = raced(partial(_by_triton, problem, inputs), device)
         same = same and all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
         for true, expected, got in zip(truth, plain, ours, strict=True):
             worst, allowed = ((x.double() - true).abs().max().item() for x in (got, expected))
@@ -235,6 +236,10 @@ def correct(cell: Cell, device: str = "cuda") -> dict[str, Any]:
             rows.append({"dtype": str(dtype).removeprefix("torch."), **row})
     right = all(row["right"] for row in rows) and (same or not problem.deterministic)
     return {"outputs": rows, "same_bits": same, "right": right}
+
+
+def _by_triton(problem: Problem, inputs: Inputs) -> list[Tensor]:
+    return outputs_of(problem, clones(inputs), "triton")
 
 
 def outputs_of(problem: Problem, inputs: Inputs, backend: str) -> list[Tensor]:

@@ -184,7 +184,7 @@ def our_step(config: ModelConfig, windows: int, dtype: torch.dtype, backend: str
             loss.backward()
             norm = grad_norm(arena.grad)
             adamw(
-                arena.master, arena.grad, arena.m, arena.v, None if arena.weights is arena.master else arena.weights,
+                arena.master, arena.grad, arena.m, arena.v, arena.weights if arena.rounds else None,
                 lr=lr, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY, step=at.add_(1),
                 clip=torch.clamp(CLIP / (norm + 1e-6), max=1.0),
             )  # fmt: skip

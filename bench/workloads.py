@@ -45,7 +45,7 @@ def update(arena: Arena) -> None:
     lr, at = torch.zeros((), device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
     clip = torch.clamp(1.0 / (grad_norm(arena.grad) + 1e-6), max=1.0)
     adamw(
-        arena.master, arena.grad, arena.m, arena.v, None if arena.weights is arena.master else arena.weights, lr=lr.fill_(1e-3),
+        arena.master, arena.grad, arena.m, arena.v, arena.weights if arena.rounds else None, lr=lr.fill_(1e-3),
         beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=at.fill_(1), clip=clip,
         rounding=1 << 40 if arena.master.dtype == torch.bfloat16 else None,
     )  # fmt: skip

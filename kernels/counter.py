@@ -48,9 +48,10 @@ def _mixed_triton(key, pair):
 
 @jit
 def uniform_triton(key, counter):
-    """`uniform` inside a Triton kernel: fp32 for int64 counters."""
-    bits = (_mixed_triton(key, (counter >> 1) & 0x7FFFFFFFFFFFFFFF) >> (8 + 32 * (counter & 1))) & 0xFFFFFF
-    return bits.to(tl.float32) * 5.960464477539063e-08  # 2^-24
+    """`uniform` inside a Triton kernel: fp32 for int64 counters from 0 on."""
+    z = _mixed_triton(key, counter >> 1)
+    half = tl.where((counter & 1) == 0, z, z >> 32).to(tl.int32)
+    return ((half >> 8) & 0xFFFFFF).to(tl.float32) * 5.960464477539063e-08  # 2^-24
 
 
 @jit
