@@ -77,6 +77,13 @@ ALLOWED: tuple[Allowed, ...] = (
         for target in ("sm_80", "sm_100")
     ),
     Allowed(
+        "merge_triton._l1_kernel",
+        "spills",
+        "two registers, five fp32 models under random masks: the assembler settles for 72; nothing else of merges spills",
+        target="sm_80",
+        triton="3.9.0",
+    ),
+    Allowed(
         "attention_triton._dkv_kernel",
         "spills",
         "32 bytes, in fp32 alone, which is for tests and small models: all 256 registers, 240 in 3.9",

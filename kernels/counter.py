@@ -50,7 +50,7 @@ def _mixed_triton(key, pair):
 def uniform_triton(key, counter):
     """`uniform` inside a Triton kernel: fp32 for int64 counters from 0 on."""
     z = _mixed_triton(key, counter >> 1)
-    half = tl.where((counter & 1) == 0, z, z >> 32).to(tl.int32)
+    half = (z >> ((counter.to(tl.int32) & 1) * 32).to(tl.int64)).to(tl.int32)
     return ((half >> 8) & 0xFFFFFF).to(tl.float32) * 5.960464477539063e-08  # 2^-24
 
 
