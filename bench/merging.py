@@ -9,8 +9,10 @@ kept under the recipe's `out`, a folder a seed, so that an interrupted compariso
 """
 
 import argparse
+import datetime
 import json
 import shutil
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -30,6 +32,8 @@ from hyperllama.merge.recipe import with_extensions
 from hyperllama.merge.regmean import regmean
 from hyperllama.merge.search import PAPERS, Candidate, Development, search
 from hyperllama.train.loop import train
+
+from .environment import environment, without_paths
 
 PARTS = {"choose": 8_000, "learn": 26_000, "test": 42_000}  # bytes of text up to which a part takes documents
 STEPS, WINDOWS = 24, 24  # of learning
@@ -155,23 +159,24 @@ def run_seed(recipe: str, overrides: list[str], seed: int, first: Path | None) -
     return {"families": families, "training_flops": training}
 
 
-def _sd(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
+def _sd(values: list[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
 
 
 def summary(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """family -> what -> mean and standard deviation over seeds of the mean bits per byte, and of the gap closed."""
+    """family -> what -> the mean bits per byte of every seed, their mean and standard deviation, the gap each closed."""
     result: dict[str, Any] = {}
     for family in next(iter(seeds.values()))["families"]:
         tables = [seed["families"][family] for seed in seeds.values()]
         result[family] = {}
         for name in tables[0]:
-            means, closed = [table[name]["mean"] for table in tables], []
+            closed = []
             for table in tables:
                 best, joint = min(table[method]["mean"] for method in PAPERS), table["joint training"]["mean"]
                 closed.append((best - table[name]["mean"]) / (best - joint))
+            means = {str(seed): table[name]["mean"] for seed, table in zip(seeds, tables, strict=True)}
             result[family][name] = {
-                "bits_per_byte": mean(means), "sd": _sd(means), "gap_closed": mean(closed), "gap_closed_sd": _sd(closed),
+                "seeds": means, "mean": mean(means.values()), "sd": _sd(list(means.values())), "gap_closed": closed,
                 "spent": mean(table[name]["spent"] for table in tables),
             }  # fmt: skip
     return result
@@ -191,14 +196,17 @@ def main() -> None:
         seeds[seed] = run_seed(arguments.recipe, arguments.overrides, seed, first)
         first = first or Path(load_experiment(arguments.recipe, arguments.overrides).out) / f"s{seed}"
     found = summary(seeds)
-    write_json(arguments.out, {"recipe": Path(arguments.recipe).read_text(), "summary": found, "seeds": seeds})
+    about = {"date": datetime.date.today().isoformat(), "command": ["bench.merging", *map(without_paths, sys.argv[1:])]}
+    about |= {"environment": environment("cpu"), "recipe": Path(arguments.recipe).read_text()}
+    write_json(arguments.out, {**about, "summary": found, "seeds": seeds})
     for family, table in found.items():
         print(f"\n| {family} | bits per byte | gap closed | spent, % of training |\n| --- | --- | --- | --- |")
         training = next(iter(seeds.values()))["training_flops"]
         for name, row in table.items():
+            closed = row["gap_closed"]
             print(
-                f"| {name} | {row['bits_per_byte']:.3f} ± {row['sd']:.3f} | {100 * row['gap_closed']:.0f} % "
-                f"± {100 * row['gap_closed_sd']:.0f} | {100 * row['spent'] / training:.1f} |"
+                f"| {name} | {row['mean']:.3f} ± {row['sd'] or 0:.3f} | {100 * mean(closed):.0f} % "
+                f"± {100 * (_sd(closed) or 0):.0f} | {100 * row['spent'] / training:.1f} |"
             )
 
 

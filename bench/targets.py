@@ -47,8 +47,8 @@ class Measured:
 def _triton() -> Iterator[Goal]:
     """At 65536 tokens, cold, in a CUDA graph; shares of the faster of two copies."""
     shares = {
-        "rms_norm": 0.92, "rms_norm backward": 0.88, "rope": 0.90, "glu": 0.93, "glu backward": 0.92,
-        "softmax_gradient": 0.88, "adamw": 0.93, "grow": 0.92, "merge_linear": 0.92, "merge_ties": 1 / 1.1,
+        "rms_norm": 0.92, "rms_norm backward": 0.88, "rope": 0.90, "rope backward": 0.90, "glu": 0.93, "glu backward": 0.92,
+        "softmax_gradient": 0.88, "adamw": 0.93, "grow": 0.92, "remap": 0.92, "merge_linear": 0.92, "merge_ties": 1 / 1.1,
     }  # fmt: skip
 
     def at(op: str, shape: str = "(180M|572M)") -> str:
@@ -60,11 +60,13 @@ def _triton() -> Iterator[Goal]:
     for shape, least in (("180M", 1 / 1.15), ("572M", 1 / 1.10)):
         yield Goal("Triton", GPU, at(head, shape), "triton", "products", least)
     backends = "(sdpa|sdpa_flash|sdpa_cudnn|flash_attn_[234]|xformers)"
-    for op, least in (("attention", 0.80), ("attention with backward", 0.75)):
+    for op, least in (("attention", 0.80), ("attention backward", 0.75)):
         yield Goal("Triton", GPU, at(op), "triton", backends, least)
-        yield Goal("Triton", GPU, at(op), "auto", backends, 0.98)
-    for op in (*shares, head, "grad_norm"):
-        yield Goal("Triton", GPU, at(op), "triton", "(compiled|liger|quack|cut_cross_entropy)", 1.0)
+    yield Goal("Triton", GPU, at("attention with backward"), "auto", backends, 0.98)
+    peers = "(compiled|liger|quack|cut_cross_entropy|torch fused|embedding_dense_backward)"
+    told = ("grad_norm", "embedding backward", "embedding backward atomic", "merge_task_arithmetic", "merge_gram")
+    for op in (*shares, head, *told):
+        yield Goal("Triton", GPU, at(op), "triton", peers, 1.0)
 
 
 def _cpp() -> Iterator[Goal]:

@@ -234,6 +234,8 @@ def _paper(seeds: dict[str, list[Arms]]) -> str:
 
     def judged(found: dict[str, list[float]], keys: list[str], agree: str) -> str:
         verdicts = [verdict(found[key]) for key in keys if key in found]
+        if not verdicts:
+            return "**Not compared**: the grid has no such arms."
         if set(verdicts) == {agree}:
             return "**Agrees.**"
         counts = listed([f"{verdicts.count(what)} {what}" for what in dict.fromkeys(verdicts)])
