@@ -6,8 +6,8 @@ namespace hyperllama {
 namespace {
 
 constexpr int64_t kDepth = 128;                 // of the sum at a time: a panel of it stays in L1, and chains of rounding are short
-constexpr int64_t kWidth = 512;                 // columns packed at a time
-constexpr int64_t kRows = 240 / kTile * kTile;  // that meet a panel before the next one comes: with kWidth they stay in L2
+constexpr int64_t kPacked = 128 << 10;          // numbers of the weight packed at a time, half of an L2, in whole panels
+constexpr int64_t kRows = 240 / kTile * kTile;  // that meet all that is packed: their results stay in L2 until they are whole
 
 // Columns [0, cols) of B (depth, cols), zeros up to whole panels. B[k][c] is w[c * stride + k] where `transposed`, else w[k * stride + c].
 void pack(const float* w, int64_t stride, int64_t depth, int64_t cols, bool transposed, float* out) {
@@ -40,19 +40,23 @@ void part(const float* x, int64_t stride, const float* b, int64_t depth, float* 
 }
 
 void product(float* y, const float* x, const float* w, int64_t rows, int64_t n, int64_t k, bool transposed) {
-    float* right = scratch(kWidth * kDepth);
+    const int64_t width = std::max(kPanel, std::min(up_to(n, kPanel), kPacked / k / kPanel * kPanel));
     const int64_t depths = (k + kDepth - 1) / kDepth;
-    for (int64_t c = 0; c < n; c += kWidth) {
-        const int64_t cols = std::min(kWidth, n - c);
+    float* right = scratch(width * k);
+    for (int64_t c = 0; c < n; c += width) {
+        const int64_t cols = std::min(width, n - c), stride = up_to(cols, kPanel);
         for (int64_t d = 0; d < depths; d++) {
             const int64_t from = k * d / depths, depth = k * (d + 1) / depths - from;
-            pack(transposed ? w + c * k + from : w + from * n + c, transposed ? k : n, depth, cols, transposed, right);
-            for (int64_t r = 0; r < rows; r += kRows)
+            pack(transposed ? w + c * k + from : w + from * n + c, transposed ? k : n, depth, cols, transposed, right + from * stride);
+        }
+        for (int64_t r = 0; r < rows; r += kRows)
+            for (int64_t d = 0; d < depths; d++) {
+                const int64_t from = k * d / depths, depth = k * (d + 1) / depths - from;
                 for (int64_t j = 0; j < cols; j += kPanel)
                     for (int64_t i = r; i < std::min(r + kRows, rows); i += kTile)
-                        part(x + i * k + from, k, right + j * depth, depth, y + i * n + c + j, n, std::min<int64_t>(kTile, rows - i),
-                             std::min(kPanel, cols - j), d > 0);
-        }
+                        part(x + i * k + from, k, right + from * stride + j * depth, depth, y + i * n + c + j, n,
+                             std::min<int64_t>(kTile, rows - i), std::min(kPanel, cols - j), d > 0);
+            }
     }
 }
 
