@@ -196,7 +196,10 @@ def main() -> None:
         seeds[seed] = run_seed(arguments.recipe, arguments.overrides, seed, first)
         first = first or Path(load_experiment(arguments.recipe, arguments.overrides).out) / f"s{seed}"
     found = summary(seeds)
-    about = {"date": datetime.date.today().isoformat(), "command": ["bench.merging", *map(without_paths, sys.argv[1:])]}
+    about: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": ["bench.merging", *map(without_paths, sys.argv[1:])],
+    }
     about |= {"environment": environment("cpu"), "recipe": Path(arguments.recipe).read_text()}
     write_json(arguments.out, {**about, "summary": found, "seeds": seeds})
     for family, table in found.items():
