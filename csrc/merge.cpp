@@ -217,15 +217,6 @@ struct Trim {
     float scale = 1;
 };
 
-// Two draws as they lie in memory.
-inline uint64_t low_half_first(uint64_t z) {
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    return z >> 32 | z << 32;
-#else
-    return z;
-#endif
-}
-
 // x = (x - base) * (scale where kept, else 0) for the group at `begin`. A product: NaN and infinity stay visible.
 inline void trim_group(const Trim& trim, const Group& base, int64_t begin, Group& x) {
     const Floats scale = Floats{} + trim.scale, zero{};
@@ -251,8 +242,8 @@ inline void trim_group(const Trim& trim, const Group& base, int64_t begin, Group
         const int32_t limit = trim.limit;
         const float factor = trim.scale;
 #pragma omp simd
-        for (int64_t j = 0; j < kGroup / 2; j++) pairs[j] = low_half_first(random_pair(key, first + uint64_t(j)));
-        std::memcpy(halves, pairs, sizeof halves);
+        for (int64_t j = 0; j < kGroup / 2; j++) pairs[j] = random_pair(key, first + uint64_t(j));
+        std::memcpy(halves, pairs, sizeof halves);  // little-endian, as tensors in files are
 #pragma omp simd
         for (int64_t j = 0; j < kGroup; j++) kept[j] = int32_t(halves[j] >> 8) < limit ? factor : 0.0f;
 #pragma GCC unroll 16

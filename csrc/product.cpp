@@ -28,15 +28,10 @@ void pack(const float* w, int64_t stride, int64_t depth, int64_t cols, bool tran
 
 // y (+)= x B of at most a tile: x (rows, depth) at `stride`.
 void part(const float* x, int64_t stride, const float* b, int64_t depth, float* y, int64_t y_stride, int64_t rows, int64_t cols, bool add) {
-    if (rows == kTile && cols == kPanel) return tile<kTile, 2>(depth, x, stride, 1, b, kPanel, y, y_stride, add);
-    float whole[kTile * kPanel], lines[kTile * kDepth] = {};
-    if (rows < kTile) {
-        for (int64_t i = 0; i < rows; i++) std::memcpy(lines + i * depth, x + i * stride, depth * sizeof(float));
-        x = lines, stride = depth;
-    }
-    tile<kTile, 2>(depth, x, stride, 1, b, kPanel, whole, kPanel, false);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < cols; j++) y[i * y_stride + j] = whole[i * kPanel + j] + (add ? y[i * y_stride + j] : 0.0f);
+    if (rows == kTile) return part_of_tile(depth, x, stride, 1, b, y, y_stride, rows, cols, add);
+    float lines[kTile * kDepth] = {};  // there is nothing to read below the last row
+    for (int64_t i = 0; i < rows; i++) std::memcpy(lines + i * depth, x + i * stride, depth * sizeof(float));
+    part_of_tile(depth, lines, depth, 1, b, y, y_stride, rows, cols, add);
 }
 
 void product(float* y, const float* x, const float* w, int64_t rows, int64_t n, int64_t k, bool transposed) {

@@ -53,6 +53,17 @@ inline void tile(int64_t units, const U* a, int64_t ra, int64_t ca, const U* b, 
         }
 }
 
+// The same for at most a tile of kTile rows and kPanel columns; A has kTile rows to read, and B, packed, kPanel columns.
+template <class U>
+inline void part_of_tile(int64_t units, const U* a, int64_t ra, int64_t ca, const U* b, float* c, int64_t rc, int64_t rows, int64_t cols,
+                         bool add) {
+    if (rows == kTile && cols == kPanel) return tile<kTile, 2>(units, a, ra, ca, b, kPanel, c, rc, add);
+    float whole[kTile * kPanel];
+    tile<kTile, 2>(units, a, ra, ca, b, kPanel, whole, kPanel, false);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < cols; j++) c[i * rc + j] = whole[i * kPanel + j] + (add ? c[i * rc + j] : 0.0f);
+}
+
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Scratch of one thread, kept from call to call.

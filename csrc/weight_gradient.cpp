@@ -33,16 +33,6 @@ static void pack(const T* x, int64_t stride, int64_t rows, int64_t cols, U* out)
     }
 }
 
-// C (rows, cols) += A B of packed sides, at most a tile.
-template <class U>
-static void add_tile(int64_t units, const U* a, const U* b, float* c, int64_t stride, int64_t rows, int64_t cols) {
-    if (rows == kTile && cols == kPanel) return tile<kTile, 2>(units, a, 1, kTile, b, kPanel, c, stride, true);
-    float whole[kTile * kPanel];
-    tile<kTile, 2>(units, a, 1, kTile, b, kPanel, whole, kPanel, false);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < cols; j++) c[i * stride + j] += whole[i * kPanel + j];
-}
-
 // grad (n, k) += dy^T x for dy (tokens, n) and x (tokens, k), their rows `dy_stride` and `x_stride` apart.
 template <class U, class T>
 static void block(float* grad, int64_t stride, const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, int64_t tokens, int64_t n,
@@ -58,8 +48,8 @@ static void block(float* grad, int64_t stride, const T* dy, int64_t dy_stride, c
                 pack<kTile>(dy + t * dy_stride + r, dy_stride, rows, lines, left);
                 for (int64_t i = 0; i < lines; i += kTile)
                     for (int64_t j = 0; j < cols; j += kPanel)
-                        add_tile(units, left + i * units, right + j * units, grad + (r + i) * stride + c + j, stride,
-                                 std::min<int64_t>(kTile, lines - i), std::min(kPanel, cols - j));
+                        part_of_tile(units, left + i * units, 1, kTile, right + j * units, grad + (r + i) * stride + c + j, stride,
+                                     std::min<int64_t>(kTile, lines - i), std::min(kPanel, cols - j), true);
             }
         }
     }

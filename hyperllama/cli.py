@@ -1,24 +1,24 @@
 """The command line. Heavy imports happen inside the commands, so that --help and mistakes answer at once."""
 
-import json
 import os
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # numpy's products are not used: no threads that spin, waiting for one
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for them takes a tenth of the start
+# numpy's products are not used: no threads that spin, waiting for one
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# looking for them takes a tenth of the start
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 import typer
 
 from hyperllama import __version__
 from hyperllama.bench.cli import app as bench_app
+from hyperllama.data.cli import data_app, tokenizer_app
 from hyperllama.errors import Diverged, HyperLlamaError, Lost, Stopped, nearest
 from hyperllama.files import check_free
+from hyperllama.terminal import Bar, DryRun, Json, Quiet, existing, print_table, print_value
 
 app = typer.Typer(
     name="hyperllama",
@@ -28,15 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, grow, merge, evaluate and count Llama models.",
 )
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
-data_app = typer.Typer(no_args_is_help=True, help="Turn text into token shards, look into them, write sample text.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 Sync = Annotated[
     bool, typer.Option("--sync", help="Have the disk hold the result before it appears: it then survives a power cut.")
 ]
@@ -68,181 +63,13 @@ def train_command(
         pick_device(config.device)
         plan = make_plan(config)
         check_folder(plan)
-        _print(plan.describe(), as_json)
+        print_value(plan.describe(), as_json)
         return
     from hyperllama.train.loop import train
 
     record = train(config, quiet=quiet)
     if os.environ.get("RANK", "0") == "0":
-        _print(record if as_json else {key: record[key] for key in ("name", "ledger", "loss", "seconds")}, as_json)
-
-
-@tokenizer_app.command("train")
-def tokenizer_train(
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="txt, jsonl, jsonl.gz, or folders of them.")],
-    out: Annotated[Path, typer.Option(help="File to write, for example tokenizer.model.")],
-    vocab: Annotated[int, typer.Option(help="Tokens, the 256 bytes and control tokens included.")],
-    seed: Annotated[int, typer.Option(help="Seed of the sampling of large files.")] = 0,
-    dry_run: DryRun = False,
-) -> None:
-    """Train a sentencepiece tokenizer with byte fallback; every file weighs the same."""
-    from hyperllama.data.tokenizer import train_tokenizer
-
-    if dry_run:
-        _print({"reads": [str(path) for path in _existing(texts)], "writes": str(out), "vocab_size": vocab}, False)
-        return
-    with _bar("tokenizer") as progress:
-        tokenizer = train_tokenizer(texts, out, vocab, seed=seed, progress=progress)
-    print(f"{out}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.fingerprint[:16]}")
-
-
-@data_app.command("build")
-def data_build(
-    texts: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE.yaml [a.b=c]... | TEXT...",
-            help="A data recipe and settings that replace its own; or txt, jsonl (.gz, .zst), parquet, folders, globs.",
-        ),
-    ],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.model, tokenizer.json, or a folder with one; default: the recipe's.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; default: the recipe's.")] = None,
-    language: Annotated[str | None, typer.Option(help="TEXT: tag of documents that have none.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Default: one a core. Does not change the result.")] = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Tokenize text into shards with a document index, checksums and token counts by language.
-
-    What was interrupted or killed goes on with the same command.
-    """
-    from hyperllama.data.build import build
-    from hyperllama.data.recipe import data_recipe
-    from hyperllama.data.tokenizer import Tokenizer
-
-    if processes is not None and processes < 1:
-        raise HyperLlamaError(f"--processes is {processes}; at least 1 was expected")
-    recipe = data_recipe(texts, tokenizer=tokenizer, out=out, language=language)
-    if processes is not None:  # threads too, where one process does it all
-        os.environ.setdefault("RAYON_NUM_THREADS", str(processes))
-    loaded = Tokenizer.load(recipe.tokenizer, threads=processes)
-    if dry_run:
-        check_free(recipe.out)
-        reads = [str(path) for source in recipe.sources for path in source.resolve()[1]]
-        lists = [path for source in recipe.sources for path in (source.keep_ids, source.drop_ids) if path]
-        _existing([Path(path) for path in lists])
-        plan = {"reads": [*reads, *lists, recipe.tokenizer], "writes": recipe.out, "vocab_size": loaded.vocab_size}
-        _print(plan, as_json)
-        return
-    with _bar("build", disable=quiet) as progress:
-        cores = processes or len(os.sched_getaffinity(0))
-        manifest = build(recipe, loaded, processes=cores, stage=progress.stage)
-    shown = ("tokens", "documents", "bytes", "characters", "damaged", "languages", "taken", "dtype", "policy")
-    _print({key: manifest[key] for key in shown}, as_json)
-
-
-@data_app.command("inspect")
-def data_inspect(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER | TEXT...", help="A shard folder; or files of text, folders, globs.")
-    ],
-    tokenizer: Annotated[Path | None, typer.Option(help="FOLDER: show sample texts with this tokenizer.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Verify a shard folder, or read text, and show counts by language, document lengths, samples and damaged records."""
-    from hyperllama.data.shards import inspect
-    from hyperllama.data.text import inspect_text
-    from hyperllama.data.tokenizer import Tokenizer
-
-    folder = paths[0]
-    with _bar("inspect", disable=quiet) as progress:
-        if len(paths) > 1 or folder.is_file() or (folder.is_dir() and not (folder / "manifest.json").exists()):
-            report = inspect_text(paths, progress=progress)
-        else:
-            report = inspect(folder, Tokenizer.load(tokenizer) if tokenizer else None, progress=progress)
-    _print(report, as_json)
-    for name, state in report.get("files", {}).items():
-        if state != "ok":
-            raise HyperLlamaError(f"{folder / name} {state}: copy the shard folder again, or build it again")
-
-
-@data_app.command("adopt")
-def data_adopt(
-    folder: Annotated[Path, typer.Argument(help="Folder of datatrove's .ds files with their .ds.index.")],
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that they were made with.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: an index, checksums, and links to the .ds files.")],
-    language: Annotated[str, typer.Option(help="Tag of its documents.")] = "und",
-    eos_token: Annotated[
-        str | None, typer.Option(help="The token that ends documents; default: the tokenizer's EOS.")
-    ] = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Use the token files of nanotron and datatrove where they lie: verify them and write a shard folder of links."""
-    from hyperllama.data.ds import adopt
-    from hyperllama.data.tokenizer import Tokenizer
-
-    loaded = Tokenizer.load(tokenizer)
-    if dry_run:
-        check_free(out)
-        _print({"reads": [str(path) for path in sorted(folder.glob("*.ds"))], "writes": str(out)}, as_json)
-        return
-    with _bar("adopt", disable=quiet) as progress:
-        manifest = adopt(folder, loaded, out, language=language, eos_token=eos_token, progress=progress)
-    _print({key: manifest[key] for key in ("tokens", "documents", "languages", "dtype", "shard_lengths")}, as_json)
-
-
-@data_app.command("mixture")
-def data_mixture(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Shard folders.")],
-    by: Annotated[str, typer.Option(help="size, temperature (size ** --exponent) or unimax.")] = "size",
-    unit: Annotated[str, typer.Option(help="Of sizes and --budget: tokens or characters.")] = "tokens",
-    budget: Annotated[float | None, typer.Option(help="What is read in all; UniMax shares it out.")] = None,
-    max_epochs: Annotated[float, typer.Option(help="unimax: no folder more often.")] = 6.0,
-    exponent: Annotated[float, typer.Option(help="temperature: 1 is by size, 0 is all alike.")] = 0.3,
-    as_json: Json = False,
-) -> None:
-    """Show what a mixture takes of each folder: tokens, fertility, share, epochs. Writes nothing.
-
-    The same settings under data.mix of a training recipe set the weights of its sources.
-    """
-    from hyperllama.config import MixSettings, validated
-    from hyperllama.data.shards import Shards
-    from hyperllama.data.weights import table
-
-    mix = {"by": by, "unit": unit, "budget": budget, "max_epochs": max_epochs, "exponent": exponent}
-    rows = table(
-        [Shards.open(folder, verify=False) for folder in folders], validated(MixSettings, mix, "the command line")
-    )
-    if as_json:
-        _print(rows, True)
-    else:
-        _table(rows)
-
-
-@data_app.command("sample")
-def data_sample(
-    out: Annotated[Path, typer.Option(help="Folder to write: text/<language>/ and minimal_pairs/.")],
-    n_bytes: Annotated[int, typer.Option("--bytes", help="Bytes of training text per language.")] = 1_000_000,
-    dev_bytes: Annotated[int, typer.Option(help="Bytes of development text per language.")] = 50_000,
-    pairs: Annotated[int, typer.Option(help="Minimal pairs per language.")] = 200,
-    seed: int = 0,
-    dry_run: DryRun = False,
-) -> None:
-    """Write the built-in sample corpus in six languages: text to try the software on, not to draw conclusions from."""
-    from hyperllama.data.sample import LANGUAGES, write_corpus
-
-    if dry_run:
-        check_free(out)
-        _print({"languages": list(LANGUAGES), "bytes": n_bytes, "dev_bytes": dev_bytes, "writes": str(out)}, False)
-        return
-    write_corpus(out, LANGUAGES, n_bytes, seed=seed, dev_bytes=dev_bytes, pairs=pairs)
-    print(f"{out}: {len(LANGUAGES)} languages")
+        print_value(record if as_json else {key: record[key] for key in ("name", "ledger", "loss", "seconds")}, as_json)
 
 
 @app.command("flops")
@@ -283,7 +110,7 @@ def flops_command(
             "causal_flops_per_window": window_flops(grown, length, "causal"),
         }
         result["shared_quantum"] = growth_quantum(model, length, int(number), budget)
-    _print(result, as_json)
+    print_value(result, as_json)
 
 
 @app.command("grow")
@@ -341,13 +168,13 @@ def grow_command(
     if dry_run:
         plan = plan_growth(source, operators)
         check_output(plan, out)
-        _print(plan | {"writes": str(out)}, as_json)
+        print_value(plan | {"writes": str(out)}, as_json)
         return
-    with _bar("grow", disable=quiet) as progress:
+    with Bar("grow", disable=quiet) as progress:
         result = grow_folder(source, out, operators, tokenizer=tokenizer, logits=logits, sync=sync, progress=progress)
     verified = result["verified"]
     if as_json:
-        _print(result, True)
+        print_value(result, True)
         return
     before, after = result["parameters"]["before"], result["parameters"]["after"]
     print(f"{out}: {before:,} -> {after:,} parameters")
@@ -383,9 +210,9 @@ def symmetry_command(
 
     rows = symmetry(folder, factor, ffn_factor)
     if as_json:
-        _print(rows, True)
+        print_value(rows, True)
     else:
-        _table([{key: "-" if cell is None else cell for key, cell in row.items()} for row in rows])
+        print_table([{key: "-" if cell is None else cell for key, cell in row.items()} for row in rows])
 
 
 @app.command("merge")
@@ -412,12 +239,14 @@ def merge_command(
     quiet: Quiet = False,
 ) -> None:
     """Merge models by a mergekit recipe; a merge that was killed goes on with the same command."""
-    from hyperllama.merge.executor import check_output, run
+    from hyperllama.merge.executor import check_output, merge_on_gpu, run
     from hyperllama.merge.planner import plan
     from hyperllama.merge.recipe import read_recipe, with_extensions
 
     given = with_extensions(read_recipe(recipe), seed=seed, compat=compat)
     if search:
+        if device != "cpu":
+            raise HyperLlamaError(f"--device {device}: a search works on the CPU; merge by the recipe that it writes")
         _search_merge(given, out, dev or [], learn or [], evaluations, dry_run, as_json, quiet, sync)
         return
     if dev or learn:
@@ -425,11 +254,12 @@ def merge_command(
     planned = plan(given, Path.cwd())
     if dry_run:
         check_output(planned, out)
-        _print(planned.describe() | {"writes": str(out)}, as_json)
+        merge_on_gpu(planned, device)
+        print_value(planned.describe() | {"writes": str(out)}, as_json)
         return
-    with _bar("merge", disable=quiet) as progress:
+    with Bar("merge", disable=quiet) as progress:
         summary = run(planned, out, sync=sync, progress=progress, device=device)
-    _print(summary, as_json)
+    print_value(summary, as_json)
 
 
 def _search_merge(
@@ -457,19 +287,19 @@ def _search_merge(
         raise HyperLlamaError(f"{best}, where the best recipe goes, already exists: name another OUT, or remove it")
     if dry_run:
         names = [candidate.describe() for candidate in candidates(given, planned)]
-        flops = Development(_existing(dev), planned).flops
+        flops = Development(existing(dev), planned).flops
         plans = {"candidates": names, "evaluations": evaluations, "flops_per_evaluation": flops}
-        _print(plans | {"reads": [*map(str, dev), *map(str, learn)], "writes": [str(best), str(out)]}, as_json)
+        print_value(plans | {"reads": [*map(str, dev), *map(str, learn)], "writes": [str(best), str(out)]}, as_json)
         return
-    with _bar("search", disable=quiet) as progress:
+    with Bar("search", disable=quiet) as progress:
         found = search(given, dev, evaluations, learn_texts=learn, progress=progress)
     if not as_json:
-        _table(found.rows)
-    with _bar("merge", disable=quiet) as progress:
+        print_table(found.rows)
+    with Bar("merge", disable=quiet) as progress:
         summary = run(found.plan, out, sync=sync, progress=progress, found=found)
     write_text(best, found.plan.recipe.source)
     tried = {"tried": found.rows} if as_json else {}
-    _print({"recipe": str(best), "evaluations": found.evaluations, **tried, **summary}, as_json)
+    print_value({"recipe": str(best), "evaluations": found.evaluations, **tried, **summary}, as_json)
 
 
 @app.command("eval")
@@ -524,7 +354,7 @@ def eval_command(
     from hyperllama.evaluate import measure_folder
     from hyperllama.evaluate.compare import Comparison
 
-    with _bar("eval", disable=quiet) as progress:
+    with Bar("eval", disable=quiet) as progress:
         measured = [
             measure_folder(model, text or [], pairs or [], facts=facts or [], by=by, seq_len=seq_len, progress=progress)
             for model in models
@@ -540,15 +370,15 @@ def eval_command(
     if csv is not None:
         comparison.write_csv(csv)
     if len(models) == 1:
-        _print(results[0], as_json)
+        print_value(results[0], as_json)
     elif as_json:
-        _print({"models": results, **asdict(comparison)}, True)
+        print_value({"models": results, **asdict(comparison)}, True)
     else:
         for title, rows in comparison.grids().items():
             print(title)
-            _table(rows)
+            print_table(rows)
         for result in results:
-            _print(
+            print_value(
                 {result["model"]: {key: result[key] for key in ("facts", "harness", "flops") if key in result}}, False
             )
 
@@ -594,7 +424,7 @@ def export_command(
         checkpoint, state = export_checkpoint(source, out, counted_tokens if counts else lambda state, model: {})
     ledger = state["card"]["ledger"]
     shown = {"reads": str(checkpoint), "writes": str(out), "step": state["step"], "spent_flops": ledger["spent"]}
-    _print(shown | {"token_counts": state["card"]["token_counts"]}, as_json)
+    print_value(shown | {"token_counts": state["card"]["token_counts"]}, as_json)
 
 
 @app.command("experiment")
@@ -632,22 +462,22 @@ def experiment_command(
 
         several = load_seeds(recipe, overrides)
         if dry_run:
-            _print(describe_seeds(several), as_json)
+            print_value(describe_seeds(several), as_json)
             return
         found = run_seeds(several)
         if as_json:
-            _print(found, True)
+            print_value(found, True)
         return
     from hyperllama.experiment.recipe import load_experiment
     from hyperllama.experiment.run import describe, run_experiment
 
     settings = load_experiment(recipe, overrides)
     if dry_run:
-        _print(describe(settings), as_json)
+        print_value(describe(settings), as_json)
         return
     results = run_experiment(settings)
     if as_json:
-        _print(results, True)
+        print_value(results, True)
 
 
 def _table_of_runs(
@@ -666,17 +496,17 @@ def _table_of_runs(
     if dry_run:
         if write is not None:
             check_free(write)
-        _print(describe(grid), as_json)
+        print_value(describe(grid), as_json)
     elif show is not None:
         if show not in PRINTERS:
             raise HyperLlamaError(f"--print {show}: {nearest(show, PRINTERS)}")
         print(commands(grid, recipes, show), end="")
     elif write is not None:
-        _print(write_recipes(grid, write) | {"writes": str(write)}, as_json)
+        print_value(write_recipes(grid, write) | {"writes": str(write)}, as_json)
     else:
         results = run_grid(grid)
         if as_json:
-            _print(results, True)
+            print_value(results, True)
 
 
 @app.command("runs")
@@ -698,9 +528,9 @@ def runs_command(
         names = [run.name for run in runs]
         plot_runs({run.name if names.count(run.name) == 1 else str(run): run for run in runs}, plot)
     if as_json:
-        _print(rows, True)
+        print_value(rows, True)
     else:
-        _table(rows)
+        print_table(rows)
 
 
 def _shape(source: Path) -> tuple[Any, int]:
@@ -722,91 +552,6 @@ def _shape(source: Path) -> tuple[Any, int]:
 
         vocab = Tokenizer.load(run.tokenizer).vocab_size
     return run.model.resolve(vocab, run.data.seq_len), run.data.seq_len
-
-
-def _existing(paths: list[Path]) -> list[Path]:
-    for path in paths:
-        if not path.exists():
-            raise HyperLlamaError(f"{path} does not exist")
-    return paths
-
-
-class _bar:
-    """A progress bar on standard error as a context manager that yields `progress(done, total)`; disabled, it does nothing.
-
-    progress.stage(name) begins a bar of its own, in bytes, and returns what that is told.
-    """
-
-    def __init__(self, what: str, *, disable: bool = False):
-        self.what, self.disable = what, disable
-
-    def __enter__(self) -> Any:
-        if not self.disable:
-            from hyperllama.progress import console, progress_bar
-
-            self.bar = progress_bar(console())
-            self.bar.start()
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if not self.disable:
-            self.task = getattr(self, "task", None) or self.bar.add_task(self.what, total=None, figures="")
-            self.bar.update(self.task, completed=done, total=total)
-
-    def stage(self, name: str) -> Any:
-        if self.disable:
-            return lambda done, total: None
-        task, begin = self.bar.add_task(name, total=None, figures=""), None
-
-        def progress(done: int, total: int) -> None:
-            nonlocal begin
-            begin = begin or (time.monotonic(), done)  # what an earlier process did is not this one's speed
-            speed = (done - begin[1]) / 1e6 / max(time.monotonic() - begin[0], 1e-3)
-            self.bar.update(task, completed=done, total=total, figures=f"{speed:,.1f} MB/s" if speed else "")
-
-        return progress
-
-    def __exit__(self, *_: object) -> None:
-        if not self.disable:
-            self.bar.stop()
-
-
-def _print(value: Any, as_json: bool) -> None:
-    """JSON for machines, indented keys and values for people; integers with separators."""
-    if as_json:
-        print(json.dumps(value, indent=1, ensure_ascii=False))
-    else:
-        _tree(value, 0)
-
-
-def _tree(value: Any, depth: int) -> None:
-    items = value.items() if isinstance(value, dict) else ((f"[{i}]", item) for i, item in enumerate(value))
-    for key, item in items:
-        if isinstance(item, dict) or (isinstance(item, list) and any(isinstance(i, dict | list) for i in item)):
-            print(f"{'  ' * depth}{key}:")
-            _tree(item, depth + 1)
-        else:
-            text = f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) else item
-            print(f"{'  ' * depth}{key}: {', '.join(map(str, item)) if isinstance(item, list) else text}")
-
-
-def _table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for name in rows[0]:
-        table.add_column(
-            name.replace("_", " "), justify="left" if name in ("run", "name", "merge", "language") else "right"
-        )
-    for row in rows:
-        table.add_row(
-            *(
-                f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else str(cell or "-")
-                for cell in row.values()
-            )
-        )
-    Console().print(table)
 
 
 def spread_lists(
@@ -845,7 +590,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "show"):
             raise
-        error.show()  # a usage error of the command line library
+        error.print_value()  # a usage error of the command line library
         sys.exit(getattr(error, "exit_code", 2))
     if code == 130:  # what the library makes of KeyboardInterrupt
         _fail("interrupted; nothing half-written was left", 130)

@@ -5,8 +5,8 @@
 x: (..., K), W: (N, K), y: (..., N). `main_grad` (N, K) is fp32 (fp64), and so are the sums added to it.
 
 On a CPU dW is C++, which packs both sides once, and adds fp32 sums where torch would round a product to bf16 first; where the CPU
-has AMX, bf16 stays torch's. y and dx are torch's products, but C++ in fp32 on an AMD CPU: torch's come from MKL, which has an AVX2
-kernel for those. On a GPU dW is accumulated by the GEMM itself (beta = 1, no further pass over it).
+has AMX, bf16 stays torch's. y and dx are torch's products, but with a main_grad C++ in fp32 on an AMD CPU: torch's come from MKL,
+which has an AVX2 kernel for those. On a GPU dW is accumulated by the GEMM itself (beta = 1, no further pass over it).
 """
 
 from ctypes import c_int64

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hyperllama import __version__, cli
 from hyperllama.data.tokenizer import train_tokenizer
+from hyperllama.terminal import Bar
 from tests.study import SEQ_LEN, settings
 
 
@@ -489,3 +490,10 @@ def test_the_working_folder_can_be_the_output(run, study, tmp_path, monkeypatch)
     text, tokenizer = study / "corpus" / "text" / "eng" / "dev.jsonl", study / "tokenizer.model"
     assert run("data", "build", text, "--tokenizer", tokenizer, "--out", ".").code == 0
     assert (tmp_path / "here" / "manifest.json").is_file()
+
+
+def test_a_bar_stays_one_line():
+    with Bar("work") as progress:
+        for done in range(3):
+            progress(done, 3)
+        assert len(progress.bar.tasks) == 1

@@ -22,13 +22,12 @@ from hyperllama.dtypes import BYTES
 from hyperllama.errors import HyperLlamaError
 from hyperllama.hub import Folder, FolderWriter
 from hyperllama.kernels.hashing import Bytes, hash_bytes
+from hyperllama.merge.executor import Hashes
 from hyperllama.merge.steps import Step
 from hyperllama.merge.tensors import merged
 from hyperllama.weights import hex_hash
 
 PIECE = 64 << 20  # bytes
-
-Hashes = dict[str, dict[str, str]]
 
 
 def device_named(name: str) -> torch.device:
@@ -49,13 +48,9 @@ class _Lane:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __enter__(self) -> "_Lane":
-        self._entered: AbstractContextManager[Any] = torch.cuda.stream(self.stream) if self.stream else nullcontext()
-        self._entered.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._entered.__exit__(*error)
+    def copies(self) -> AbstractContextManager[Any]:
+        """Inside, the stream is the current one."""
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
     def memory(self, n_bytes: int) -> Tensor:
         """Host memory that copies do not wait for."""
@@ -89,7 +84,7 @@ class _Loader:
     def load(self, step: Step) -> _Inputs:
         tensors: dict[str, dict[str, Tensor]] = {}
         hashes: Hashes = {}
-        with self.lane:
+        with self.lane.copies():
             for read in step.reads:
                 content = self.folders[read.model].bytes(read.tensor)
                 dtype = getattr(torch, self.folders[read.model].dtype(read.tensor))
@@ -119,7 +114,7 @@ class _Storer:
         """Write a result once `ready` has happened; returns its hash."""
         content = result.contiguous().view(-1).view(torch.uint8)
         host = self.memory[: len(content)]
-        with self.lane:
+        with self.lane.copies():
             if self.lane.stream:
                 self.lane.stream.wait_event(ready)
                 content.record_stream(self.lane.stream)

@@ -169,8 +169,8 @@ def _prepared(plan: Plan) -> "Prepared | None":
     return None
 
 
-def _gpu(plan: Plan, device: str) -> "Callable[..., Iterator[Hashes]] | None":
-    """`merge_on` for a device that is no CPU."""
+def merge_on_gpu(plan: Plan, device: str) -> "Callable[..., Iterator[Hashes]] | None":
+    """What merges the plan's steps on a device; None for the CPU. Raises HyperLlamaError when it is not there or can't do this."""
     if device == "cpu":
         return None
     from hyperllama.merge.device import device_named, merge_on
@@ -207,7 +207,7 @@ def run(
     check_output(plan, out, overwrite)
     tensors = [NewTensor(step.name, step.dtype, step.shape) for step in plan.steps]
     same = {label: next(k for k, f in plan.folders.items() if f is folder) for label, folder in plan.folders.items()}
-    gpu = _gpu(plan, device)
+    gpu = merge_on_gpu(plan, device)
     prepared = found.learned if found else _prepared(plan)
     hashes: Hashes = {}
     done = 0

@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hyperllama.cli import app
 from hyperllama.errors import HyperLlamaError
 from hyperllama.hub import streamed_folder
 from hyperllama.kernels.backend import use
@@ -18,7 +19,9 @@ from tests.merge.test_streaming import METHODS, contents, models, recipe  # noqa
 
 def through_the_threads(monkeypatch) -> None:
     """Let "cpu" go the way of a GPU."""
-    monkeypatch.setattr(executor, "_gpu", lambda plan, name: lambda *rest: device.merge_on(torch.device("cpu"), *rest))
+    monkeypatch.setattr(
+        executor, "merge_on_gpu", lambda plan, name: lambda *rest: device.merge_on(torch.device("cpu"), *rest)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,3 +87,15 @@ def test_devices_that_are_not_there_and_merges_that_need_the_cpu_are_refused(mod
     planned = plan(parse_recipe(json.dumps(value), "recipe"), models)
     with pytest.raises(HyperLlamaError, match="importance, learn and regmean merge on the CPU"):
         run(planned, models / "out", device="cpu:0")
+
+
+def test_the_command_refuses_a_device_before_any_work(models: Path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.chdir(models)
+    (models / "r.yaml").write_text(recipe("linear"))
+    missing = f"cuda:{torch.cuda.device_count()}"
+    for rest, sentence in (
+        (["--dry-run"], "this machine has"),
+        (["--search", "--dev", "r.yaml"], "a search works on the CPU"),
+    ):
+        with pytest.raises(HyperLlamaError, match=sentence):
+            app(["merge", "r.yaml", "out", "--device", missing, *rest], standalone_mode=False)
