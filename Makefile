@@ -1,6 +1,6 @@
 # make demo   the whole path in small, on sample text: results and report in runs/demo
 # make test   lint, types, tests
-# make bench  benchmark the installed ops
+# make bench  every op against its roof and peers, briefly; fails when a target is missed
 # make sanitize   the tests of the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # Each makes .venv when it is missing. A torch that is already there (in .venv, or in the Python that makes .venv) is kept;
@@ -23,7 +23,7 @@ test: .venv/installed-test
 	$(BIN)/pytest
 
 bench: .venv/installed
-	$(BIN)/python -m bench.harness --quick
+	$(BIN)/hyperllama bench kernels --quick
 
 # The first wrong access ends the run. Python and torch are not instrumented: the runtime is loaded before them (libstdc++ too, whose
 # throw it stands in for), and leaks are theirs.

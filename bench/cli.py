@@ -78,7 +78,7 @@ def measure(names: list[str], quick: bool, as_json: bool, out: Path | None) -> i
     gpu, code = torch.cuda.is_available(), 0
     device = device_slug(torch.cuda.get_device_name()) if gpu else ""
     with tempfile.TemporaryDirectory(prefix="hyperllama-bench-") as temporary:
-        folder = out or (Path(temporary) if as_json else None)
+        folder = out or (Path(temporary) if as_json or gpu else None)  # bench.gpu writes in any case
         known = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} if folder else {}
         parts = [PARTS[name] for name in names]
         for program in [program for part in parts for program in ((part.gpu if gpu else ()) or part.cpu)]:

@@ -175,7 +175,7 @@ def case_of(cell: Cell, device: str = "cuda") -> Case:
                         x.copy_(original)
 
             if problem.restore:
-                thunk.before = restore  # type: ignore[attr-defined]
+                vars(thunk)["before"] = restore
             return thunk
 
         return setup

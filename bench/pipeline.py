@@ -1,4 +1,4 @@
-"""What stands around the ops of a run: tokenizing, the loader, checkpoints, the loop itself, merged and grown folders.
+"""What stands around the ops of a run: tokenizing, the loader, checkpoints, the loop itself.
 
     python -m bench.pipeline data|checkpoint [--quick] [--json] [--out bench/results]
 
@@ -6,7 +6,7 @@ tokenize    text to shards; beside it the tokenizer alone, which bounds it
 loader      windows from shards, in the order of a mixture, as batches
 save        the training state to a checkpoint, waited for; beside it a plain write of as many bytes, without a checksum
 restore     the newest checkpoint, verified and read; beside it a plain read of as many bytes
-The loop and the folders are for the regression gate (regress_cases.py). Files are in the page cache.
+The loop is for the regression gate (regress_cases.py). Files are in the page cache.
 """
 
 import argparse
@@ -30,12 +30,14 @@ from hyperllama.data.mixture import Mixture, Source
 from hyperllama.data.sample import write_corpus
 from hyperllama.data.shards import Shards
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
+from hyperllama.train.distributed import Processes
 
 from .environment import device_slug, environment
 from .harness import Case, Roof, Thunk, run, table, write_results
 
 BUFFER = 4 << 20  # bytes
 SEQ_LEN, WINDOWS = 512, 64  # of a batch
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 class Workspace:
@@ -102,19 +104,6 @@ def loader_case(space: Workspace, n_bytes: int, batches: int) -> Case:
     return Case("loader", params, 0, 16 * tokens, {"ours": setup})
 
 
-class Alone:
-    """A run of one process."""
-
-    rank, world = 0, 1
-
-    def largest_int(self, value: int) -> int:
-        """The largest there is."""
-        return value
-
-    def alive(self) -> None:
-        """Nobody asks."""
-
-
 def _arena(parameters: int) -> Arena:
     """An arena of about `parameters` weights, masters and moments being normal values."""
     shape = ModelConfig(
@@ -137,7 +126,7 @@ def save_case(space: Workspace, parameters: int) -> Case:
     size = 12 * arena.size
 
     def setup() -> Thunk:
-        saver, step = Checkpointer(space.path / "saved", CheckpointSettings(keep=1), Alone(), _quiet), 0
+        saver, step = Checkpointer(space.path / "saved", CheckpointSettings(keep=1), ALONE, _quiet), 0
 
         def ours() -> None:
             nonlocal step
@@ -161,13 +150,13 @@ def save_case(space: Workspace, parameters: int) -> Case:
 def restore_case(space: Workspace, parameters: int) -> Case:
     """The newest checkpoint, its checksums proved, into an arena."""
     arena, run_folder = _arena(parameters), space.path / "restored"
-    saver = Checkpointer(run_folder, CheckpointSettings(keep=1), Alone(), _quiet)
+    saver = Checkpointer(run_folder, CheckpointSettings(keep=1), ALONE, _quiet)
     saver.save(1, slices(arena), arena, {})
     saver.wait()
     buffer = np.empty(BUFFER, np.uint8)
 
     def ours() -> None:
-        found = newest(run_folder, Alone(), _quiet)
+        found = newest(run_folder, ALONE, _quiet)
         assert found is not None  # saved above
         load(*found, arena, slices(arena))
 

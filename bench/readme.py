@@ -93,7 +93,7 @@ def methods(document: dict[str, Any]) -> Iterator[str]:
         lines = [
             [
                 name, f"{row['mean']:.3f}", "-" if row["sd"] is None else f"{row['sd']:.3f}", str(len(row["seeds"])),
-                f"{100 * mean(row['gap_closed']):.0f} %",
+                f"{100 * mean(row['gap_closed']):z.0f} %",
             ]
             for name, row in rows.items()
         ]  # fmt: skip
@@ -102,8 +102,6 @@ def methods(document: dict[str, Any]) -> Iterator[str]:
 
 def caption(document: dict[str, Any]) -> str:
     """Where and when, in one line."""
-    if "environment" not in document:
-        return f"{document['device']}, {document['date']}, `{document['command']}`:"
     about = document["environment"]
     commit = f", commit {about['git']['commit'][:7]}" if about.get("git") else ""
     where = f"{about['device']}, {about['threads']} threads, torch {about['torch']}{commit}"

@@ -30,7 +30,7 @@ import torch
 from hyperllama.config import ModelConfig
 from hyperllama.data.build import build_shards
 from hyperllama.data.shards import Shards
-from hyperllama.files import write_json
+from hyperllama.files import read_json, write_json
 from hyperllama.flops import Convention, window_flops
 from hyperllama.kernels import merge
 
@@ -163,7 +163,7 @@ def processes(counts: list[int], space: Workspace, steps: int) -> Series:
             )  # fmt: skip
             if done.returncode:
                 raise RuntimeError((done.stderr.strip().splitlines() or ["torchrun failed"])[-1])
-            call.figures = {"seconds": json.loads((out / "run.json").read_text())["seconds"]}  # type: ignore[attr-defined]
+            vars(call)["figures"] = {"seconds": read_json(out / "run.json")["seconds"]}
 
         return call
 
@@ -256,7 +256,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="hyperllama-bench-") as folder:
         rows: list[dict[str, Any]] = []
-        for name, make in all_series(given.quick, Workspace(Path(folder))).items():
+        series = all_series(given.quick, Workspace(Path(folder)))
+        if not any(map(given.only.search, series)):
+            parser.error(f"--only {given.only.pattern} finds none of {', '.join(series)}")
+        for name, make in series.items():
             if not given.only.search(name):
                 continue
             print(f"{name} ...", file=sys.stderr, flush=True)

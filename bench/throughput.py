@@ -268,7 +268,6 @@ def throughput(
         precision=precision,
         log_every=steps,
     )
-    random_shards(folder, model.vocab_size, model.max_position_embeddings)
 
     def started(build: Callable[[], dict[str, Callable[[], Any]]], ours: bool) -> Callable[[], Thunk]:
         return lambda: Turn(apart(build, keep=ours), device)
@@ -353,6 +352,7 @@ def bare_step(model: ModelConfig, windows: int) -> dict[str, Callable[[], Any]]:
 def main() -> int:
     """Measure, print, write; 1 when a target was measured and missed."""
     parser = argparse.ArgumentParser(description="Whole training runs in turns: ours against transformers.")
+    parser.add_argument("--cuda-graphs", action="store_true", help="ours replays micro-batches as CUDA graphs")
     parser.add_argument("--models", nargs="+", default=["180M", "572M"], choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=10, help="samples of each (%(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a sample (%(default)s)")

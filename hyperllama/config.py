@@ -421,6 +421,13 @@ class RunConfig(Settings):
         for name, on in others.items():
             if self.compile and on:
                 raise ValueError(f"compile and {name} do not go together: leave one of them out")
+        never = {
+            "parallel: fsdp": self.parallel == "fsdp",
+            "data.documents: separate": self.data.documents == "separate",
+        }
+        for name, on in never.items():
+            if self.cuda_graphs and on:
+                raise ValueError(f"cuda_graphs replays nothing with {name}: leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -445,7 +445,13 @@ def run_values(grid: Grid, run: Run) -> dict[str, Any]:
         "loss_mean": "micro_batch",
         **({"parallel": "ddp", "export": {"adam_v": True}} if c.extra.language_aware else {"parallel": "ddp"}),
         **(
-            {"grow": {"at_flops": run.grow_at, "factor": c.factor, "noise_db": c.extra.noise_db or c.noise_db}}
+            {
+                "grow": {
+                    "at_flops": run.grow_at,
+                    "factor": c.factor,
+                    "noise_db": c.noise_db if c.extra.noise_db is None else c.extra.noise_db,
+                }
+            }
             if run.grow_at
             else {}
         ),

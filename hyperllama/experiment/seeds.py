@@ -62,6 +62,8 @@ def load_seeds(recipe: str | Path, assignments: list[str] | None = None) -> Seed
     config = validated(SeedsConfig, override(read_yaml(recipe), assignments or []), str(recipe))
     if config.sweep.language not in config.targets:
         raise HyperLlamaError(f"{recipe}: sweep.language: {config.sweep.language!r} is none of the targets")
+    if config.rates:
+        raise HyperLlamaError(f"{recipe}: rates: the sweep chooses them; leave the key out, or set optimizer.lr")
     return config
 
 
@@ -98,8 +100,7 @@ def run_seeds(config: SeedsConfig) -> dict[str, Any]:
     results, data = Path(config.results), Path(config.out) / "data"
     wanted = [results / "sweep.json", *(results / f"{v}-{seed}.json" for seed in config.seeds for v in VARIANTS)]
     if not all([_finished(config, file) for file in wanted]):  # all of them: other settings are refused before any work
-        prepared = Study(config.one("data", config.seed))
-        prepared.prepare()
+        Study(config.one("data", config.seed)).prepare()
     if not _finished(config, results / "sweep.json"):
         write_json(results / "sweep.json", _sweep(config, data))
     chosen = read_json(results / "sweep.json")["chosen"]

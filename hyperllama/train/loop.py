@@ -203,6 +203,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
             if evaluation.due(run.step):
                 mine.doing(run.step, "evaluating")
                 began = time.perf_counter()
+                exchange.settle()  # a compiled model does not wait for its weights
                 figures = evaluation(model, run.step, mine, say)
                 metrics.pause(time.perf_counter() - began)
             mine.doing(run.step, "logging and saving")

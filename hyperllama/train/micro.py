@@ -1,5 +1,6 @@
 """Forward and backward of a micro-batch: as it stands, compiled by torch, or replayed from a CUDA graph."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -43,13 +44,15 @@ class MicroStep:
 class Graphed(MicroStep):
     """The same without the host: the kernels of a micro-batch, recorded once and launched as one.
 
-    Replayed are micro-batches of the recorded shape and loss_weight that have no borders of documents, whose number varies, while
-    processes have nothing to say to each other; others run as they stand. Not yet run on a GPU.
+    Recorded is the first shape and loss_weight that has come WARM_UP times before; replayed are micro-batches of these that have
+    no borders of documents, whose number varies, while processes have nothing to say to each other; others run as they stand. Not
+    yet run on a GPU.
     """
 
     def __init__(self, model: Llama, exchange: Replicas | Shards, z_loss: float):
         super().__init__(model, exchange, z_loss)
-        self.seen, self.recorded = 0, 0.0
+        self.seen: Counter[tuple[torch.Size, float]] = Counter()
+        self.recorded = 0.0
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, ids: Tensor, targets: Tensor, borders: Tensor | None, loss_weight: float) -> Tensor:
@@ -57,8 +60,8 @@ class Graphed(MicroStep):
         if borders is not None or self.exchange.busy:
             return super().__call__(ids, targets, borders, loss_weight)
         if self.replay is None:
-            self.seen += 1
-            if self.seen <= WARM_UP:
+            self.seen[ids.shape, loss_weight] += 1
+            if self.seen[ids.shape, loss_weight] <= WARM_UP:
                 return super().__call__(ids, targets, borders, loss_weight)
             self.ids, self.targets, self.recorded = ids.clone(), targets.clone(), loss_weight
             self.replay = self._record()

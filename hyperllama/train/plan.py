@@ -52,6 +52,7 @@ PLACING = {
     "device",
     "parallel",
     "activation_checkpointing",
+    "cuda_graphs",
 }  # ... that say where it is computed: equal, or rounding aside
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -252,7 +253,7 @@ def make_plan(config: RunConfig) -> Plan:
     hashes = folder_hashes(start) if start else None
     ledger.run = _run_id(config, mixture, hashes, windows)
     mixture.check(windows)
-    check_watching(config, -(-windows // config.global_batch))
+    check_watching(config, -(-windows // config.global_batch), model.vocab_size)
     milestones = {}
     for flops in config.checkpoint.milestones:
         at = _windows_for(flops, cost, growth)
@@ -417,11 +418,15 @@ def _run_id(config: RunConfig, mixture: Windows, start_hashes: dict[str, str] | 
             del source["path"]  # the mixture's fingerprint stands for what the paths hold
         if stage["replay"]:
             del stage["replay"]["path"]
-    for key, unused in (("nanotron_tail", None), ("stages", None), ("mix", None), ("order", "shuffled")):
-        if (
-            settings["data"][key] == unused
-        ):  # a run that has nothing of the kind is called as before there was such a key
-            del settings["data"][key]
+    # a run that has nothing of the kind is called as before there was such a key
+    since: dict[str, dict[str, Any]] = {
+        "data": {"nanotron_tail": None, "stages": None, "mix": None, "order": "shuffled"},
+        "optimizer": {"masters": "fp32"},
+    }
+    for section, keys in since.items():
+        for key, unused in keys.items():
+            if settings[section][key] == unused:
+                del settings[section][key]
     settings["init_from"] = start_hashes
     text = json.dumps([settings, mixture.fingerprint, windows], sort_keys=True)
     return f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

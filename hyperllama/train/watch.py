@@ -22,8 +22,9 @@ from hyperllama.train.metrics import Events
 Line = dict[str, Any]  # of metrics.jsonl
 
 
-def check_watching(config: RunConfig, steps: int) -> None:
-    """Raise HyperLlamaError for a log whose package is not installed, a text that is missing, a profile whose steps never come."""
+def check_watching(config: RunConfig, steps: int, vocab_size: int) -> None:
+    """Raise HyperLlamaError for a log whose package is not installed, a text that is missing, a start token outside the
+    vocabulary, a profile whose steps never come."""
     wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb is not None}
     for package, on in wanted.items():
         if on and find_spec(package) is None:
@@ -31,6 +32,11 @@ def check_watching(config: RunConfig, steps: int) -> None:
     for path in config.evaluate.text if config.evaluate else ():
         if not Path(path).exists():
             raise HyperLlamaError(f"evaluate.text: {path} does not exist")
+    start = config.evaluate.start_token if config.evaluate else None
+    if start is not None and start >= vocab_size:
+        raise HyperLlamaError(
+            f"evaluate.start_token: {start} is no token of this model; 0 to {vocab_size - 1} were expected"
+        )
     if config.profile and config.profile.start + config.profile.steps - 1 > steps:
         raise HyperLlamaError(f"profile: the run has {steps} steps, fewer than profile.start + profile.steps - 1")
 
@@ -47,11 +53,15 @@ class Evaluation:
 
     def forget(self, step: int) -> None:
         """Remove the samples of steps after `step`, from where a run goes on."""
-        if self.samples.is_file():
-            kept = [
-                line for line in self.samples.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step
-            ]
-            write_text(self.samples, "".join(kept))
+        if not self.samples.is_file():
+            return
+        kept = []
+        with self.samples.open(encoding="utf-8", errors="replace") as file:  # splitlines would cut at U+2028
+            for line in file:
+                with suppress(ValueError):  # a full disk cut this line off
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+        write_text(self.samples, "".join(kept))
 
     def due(self, step: int) -> bool:
         """Whether there is something to do after `step`."""
@@ -77,7 +87,10 @@ class Evaluation:
         for prompt in settings.prompts if mine.is_main else ():
             text = generate(model, self.tokenizer, prompt, max_tokens=settings.sample_tokens, start=start)
             mine.alive()
-            with suppress(OSError), self.samples.open("a") as file:  # a full disk: metrics.jsonl tells
+            with (
+                suppress(OSError),
+                self.samples.open("a", encoding="utf-8") as file,
+            ):  # a full disk: metrics.jsonl tells
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
         return {"bits_per_byte": scored["bits_per_byte"], "evaluated_bytes": scored["bytes"]}
 

@@ -62,3 +62,11 @@ def test_overhead_runs_the_loop_the_step_and_the_loop_without_work(tmp_path):
     assert all(found["samples"] for found in result["providers"].values()), result["providers"]
     (target,) = result["targets"]
     assert target["against"] == "3 % that is not an op" and target["met"] is not None
+
+
+def test_the_command_line_of_a_gpu_gives_every_setting(measured, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(throughput.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(throughput, "throughput", lambda *_, **settings: asked.update(settings) or measured)
+    monkeypatch.setattr("sys.argv", ["throughput", "--models", "180M", "--cuda-graphs"])
+    assert throughput.main() == 0 and asked["cuda_graphs"] and asked["device"] == "cuda"

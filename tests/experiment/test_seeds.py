@@ -13,7 +13,7 @@ import yaml
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.article import Arms, article, interval, verdict
 from hyperllama.experiment.recipe import budgets, grid
-from hyperllama.experiment.seeds import describe_seeds, load_seeds, run_seeds
+from hyperllama.experiment.seeds import VARIANTS, describe_seeds, load_seeds, run_seeds
 from tests.experiment.test_run import SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +144,7 @@ def test_groups_that_are_not_equal_are_refused(done: Path) -> None:
     [
         ({"sweep": {"rates": RATES, "language": "isl"}}, "sweep.language: 'isl' is none of the targets"),
         ({"rates": {"adapt/3x": 1e-3}}, "rates: 'adapt/3x' is unknown; did you mean"),
+        ({"rates": {"adapt/1x": 1e-3}}, "rates: the sweep chooses them"),
         ({"sweep": {"rates": RATES, "language": "swe"}, "dev_bytes": 10**9}, "leaves no development text of eng"),
     ],
 )
@@ -158,3 +159,13 @@ def test_the_recipe_that_comes_along_has_a_plan(tmp_path: Path) -> None:
     plan = describe_seeds(config)
     arms = grid(config, budgets(config, config.model.resolve(config.vocab, config.seq_len)))
     assert plan["training_flops"]["a seed at one set of rates"] == sum(arm.flops for arm in arms)
+
+
+def test_the_committed_article_is_written_from_the_committed_results() -> None:
+    config = load_seeds(ROOT / "recipes" / "study.yaml")
+    folder = ROOT / config.results
+    kept = {v: [json.loads((folder / f"{v}-{seed}.json").read_text()) for seed in config.seeds] for v in VARIANTS}
+    sweep = json.loads((folder / "sweep.json").read_text())
+    assert (ROOT / config.article).read_text() == article({"sweep": sweep, "seeds": kept})
+    settings = json.loads(json.dumps(config.settings))
+    assert all(found["settings"] == settings for found in (sweep, *kept["single"], *kept["tuned"]))

@@ -21,6 +21,7 @@ from hyperllama.data.loader import Loader
 from hyperllama.errors import HyperLlamaError
 from hyperllama.flops import window_flops
 from hyperllama.hub import model_config, open_folder
+from hyperllama.train import plan
 from hyperllama.train.loop import _StopRequest, train
 from hyperllama.train.plan import counted_tokens, make_plan
 from hyperllama.train.schedule import lr_ratio
@@ -275,10 +276,24 @@ def test_a_run_from_before_a_setting_existed_goes_on(study, undisturbed, tmp_pat
     stored = yaml.safe_load((out / "config.yaml").read_text())
     for key in ("compile", "cuda_graphs", "log", "evaluate", "activation_checkpointing"):
         del stored[key]
-    del stored["data"]["nanotron_tail"]
+    del stored["data"]["nanotron_tail"], stored["optimizer"]["masters"]
     (out / "config.yaml").write_text(yaml.safe_dump(stored))
     train(run_config(study, out, checkpoint={"every_steps": 2}), quiet=True)
     assert same_bits(undisturbed, out)
+
+
+def test_a_run_without_what_came_later_has_the_name_that_it_had(study, tmp_path, monkeypatch):
+    """What its id is made of names no later setting."""
+    texts, real = [], plan.hashlib.sha256
+
+    def noted(data=b""):
+        texts.append(data)
+        return real(data)
+
+    monkeypatch.setattr(plan.hashlib, "sha256", noted)
+    make_plan(run_config(study, tmp_path / "run"))
+    (named,) = [text.decode() for text in texts if b'"global_batch"' in text]
+    assert not [key for key in ("masters", "cuda_graphs", "nanotron_tail", "stages", "order") if f'"{key}"' in named]
 
 
 def interrupted(study: Path, out: Path) -> Path:
