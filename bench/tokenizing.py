@@ -1,6 +1,6 @@
 """Text to tokens, ours against datatrove's, as whole processes of one core: MB of text a second of CPU time.
 
-    python -m bench.tokenizing [--peer PYTHON] [--rounds 5] [--bytes 20000000] [--text FILE... --tokenizer tokenizer.json]
+    python -m bench.tokenizing [--peer PYTHON] [--rounds 5] [--bytes 20000000] [--text FOLDER --tokenizer tokenizer.json]
 
 `--peer` names a Python that has datatrove, tokenizers, orjson and humanize; without it ours is told alone. By default the text is
 the built-in sample in six languages (made from templates: repetitive, which favours whoever caches words) and the tokenizer a
@@ -60,7 +60,7 @@ def prepare(work: Path, n_bytes: int) -> tuple[Path, Path]:
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """CPU and wall seconds of a process and its children. Raises CalledProcessError with its output."""
+    """CPU and wall seconds of a process and its children. Raises RuntimeError with the end of its output."""
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environ = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)

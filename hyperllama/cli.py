@@ -2,11 +2,12 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-# numpy's products are not used: no threads that spin, waiting for one
+# numpy has one small product to compute (evaluate/statistics.py): no threads that spin, waiting for it
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # looking for them takes a tenth of the start
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -354,6 +355,11 @@ def eval_command(
     from hyperllama.evaluate import measure_folder
     from hyperllama.evaluate.compare import Comparison
 
+    if harness:
+        from hyperllama.evaluate.harness import find_tasks, run_harness
+
+        find_tasks(harness, task_folder)  # before hours of work
+
     with Bar("eval", disable=quiet) as progress:
         measured = [
             measure_folder(model, text or [], pairs or [], facts=facts or [], by=by, seq_len=seq_len, progress=progress)
@@ -362,8 +368,6 @@ def eval_command(
     results = [model.summary() for model in measured]
     comparison = Comparison.of(measured)
     if harness:
-        from hyperllama.evaluate.harness import run_harness
-
         options: dict[str, Any] = {"task_folder": task_folder, "shots": shots, "limit": limit, "max_length": seq_len}
         for result, model in zip(results, models, strict=True):
             result["harness"] = run_harness(model, harness, **options)["tasks"]
@@ -460,22 +464,22 @@ def experiment_command(
     if "seeds" in values:
         from hyperllama.experiment.seeds import describe_seeds, load_seeds, run_seeds
 
-        several = load_seeds(recipe, overrides)
-        if dry_run:
-            print_value(describe_seeds(several), as_json)
-            return
-        found = run_seeds(several)
-        if as_json:
-            print_value(found, True)
+        _run_study(load_seeds(recipe, overrides), describe_seeds, run_seeds, dry_run, as_json)
         return
     from hyperllama.experiment.recipe import load_experiment
     from hyperllama.experiment.run import describe, run_experiment
 
-    settings = load_experiment(recipe, overrides)
+    _run_study(load_experiment(recipe, overrides), describe, run_experiment, dry_run, as_json)
+
+
+def _run_study(
+    settings: Any, describe: Callable[[Any], Any], run: Callable[[Any], Any], dry_run: bool, as_json: bool
+) -> None:
+    """Print the plan, or run the study, which tells people of itself, and print its results for machines."""
     if dry_run:
         print_value(describe(settings), as_json)
         return
-    results = run_experiment(settings)
+    results = run(settings)
     if as_json:
         print_value(results, True)
 
@@ -504,9 +508,7 @@ def _table_of_runs(
     elif write is not None:
         print_value(write_recipes(grid, write) | {"writes": str(write)}, as_json)
     else:
-        results = run_grid(grid)
-        if as_json:
-            print_value(results, True)
+        _run_study(grid, describe, run_grid, False, as_json)
 
 
 @app.command("runs")
@@ -590,7 +592,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "show"):
             raise
-        error.print_value()  # a usage error of the command line library
+        error.show()  # a usage error of the command line library
         sys.exit(getattr(error, "exit_code", 2))
     if code == 130:  # what the library makes of KeyboardInterrupt
         _fail("interrupted; nothing half-written was left", 130)

@@ -371,7 +371,7 @@ def test_a_data_recipe_with_overrides_builds_what_inspect_and_mixture_show(run, 
     built = run(*build, "damaged=skip", "sources.0.documents=20", "--json").json
     assert (built["documents"], built["damaged"]) == (20, 1)
     shown = run("data", "inspect", tmp_path / "swe", "--json").json
-    assert shown["bad_documents"] == 0 and "bad.jsonl line" in shown["damaged"][0]
+    assert shown["bad_documents"] == 0 and "bad.jsonl line" in shown["damages"][0]
     of_text = run("data", "inspect", bad, "--json").json
     assert of_text["damaged"] == 1 and of_text["languages"]["swe"]["documents"] == len(text.read_text().splitlines())
     rows = run(

@@ -1,6 +1,7 @@
 """The last stage of a build: documents copied from the units' files into shards, in the order of the output, and hashed."""
 
 import hashlib
+import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def assemble(
     """Copy the documents in the order of the output from the units' files into shards; returns the manifest."""
     total = sum(len(survey.records) for survey in surveys)
     chosen = mask_of(order, total)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every unit's mapped file holds a descriptor
     unit_of, start, length = np.empty(total, np.int32), np.empty(total, np.int64), np.zeros(total, np.int64)
     parts = []
     for i, unit in enumerate(units):
@@ -62,7 +65,7 @@ def assemble(
     tags, languages = _languages(surveys, order)
     ends_file, tags_file = (_HashedFile(folder / name) for name in ("documents.bin", "languages.bin"))
     shards: list[_HashedFile] = []
-    tokens = 0
+    tokens, width = 0, np.dtype(job.dtype).itemsize
     ends = np.cumsum(length[order])
     for low, high in _spans(ends, _COPY_TOKENS):
         block = order[low:high]
@@ -80,7 +83,7 @@ def assemble(
             tokens += len(piece)
         ends_file.append(ends[low:high].astype("<u8"))
         tags_file.append(languages[low:high])
-        progress(int(ends[high - 1]), int(ends[-1]))
+        progress(int(ends[high - 1]) * width, int(ends[-1]) * width)
     counted = {
         "tokens": length[order],
         "documents": np.ones(len(order), dtype=np.int64),

@@ -1,6 +1,6 @@
 """Text to shards: surveyed, chosen, tokenized by any number of processes, assembled. Ends in the same bytes each time.
 
-    survey      every file is read once: length, digest, language and place of each document       33 bytes a document
+    survey      every file is read once: length, digest, language and place of each document       36 bytes a document
         |                                                                                       (survey.py)
     choose      numbers of the documents to take, in the order of the output                        in memory (choose.py)
         |
@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 
 import hyperllama
+from hyperllama.config import validated
 from hyperllama.data import units as units_module
 from hyperllama.data.assemble import assemble
 from hyperllama.data.choose import choose
-from hyperllama.data.recipe import DataRecipe, TextSource
+from hyperllama.data.recipe import DataRecipe
 from hyperllama.data.survey import Input, Survey, load_survey
 from hyperllama.data.text import Progress
 from hyperllama.data.tokenizer import Tokenizer
@@ -69,19 +70,9 @@ def build_shards(
     A document's language is its own tag, else `language`, else the name of its folder if known, else "und".
     Arguments and errors as in build.
     """
-    recipe = DataRecipe(
-        out=str(out),
-        tokenizer=str(tokenizer.path),
-        sources=[TextSource(files=[str(text) for text in texts], language=language)],
-        shard_tokens=_at_least_1(shard_tokens),
-    )
-    return build(recipe, tokenizer, processes=processes, stage=stage)
-
-
-def _at_least_1(shard_tokens: int) -> int:
-    if shard_tokens < 1:
-        raise HyperLlamaError(f"shard_tokens must be at least 1, not {shard_tokens}")
-    return shard_tokens
+    source = {"files": [str(text) for text in texts], "language": language}
+    values = {"out": str(out), "tokenizer": str(tokenizer.path), "sources": [source], "shard_tokens": shard_tokens}
+    return build(validated(DataRecipe, values, "build_shards"), tokenizer, processes=processes, stage=stage)
 
 
 def build(
@@ -98,11 +89,16 @@ def build(
     stage = stage or (lambda name: lambda done, total: None)
     eos, bos = _ends(recipe, tokenizer)
     inputs, commits = _inputs(recipe)
+    for path in recipe.id_lists:
+        if not path.is_file():
+            raise HyperLlamaError(f"the list of ids {path} does not exist")
+    read = [*(file.path for file in inputs), *recipe.id_lists]
     plan = json.dumps(
         {
             "recipe": recipe.model_dump(exclude={"out", "tokenizer", "shard_tokens"}),
             "tokenizer": tokenizer.fingerprint,
-            "files": [[str(i.path.absolute()), i.path.stat().st_size, i.path.stat().st_mtime_ns] for i in inputs],
+            "ends": [eos, bos],
+            "files": [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in read],
             "unit_bytes": units_module.UNIT_BYTES,
             "code_version": hyperllama.__version__,
         }

@@ -69,9 +69,12 @@ def data_build(
     if dry_run:
         check_free(recipe.out)
         reads = [str(path) for source in recipe.sources for path in source.resolve()[1]]
-        lists = [path for source in recipe.sources for path in (source.keep_ids, source.drop_ids) if path]
-        existing([Path(path) for path in lists])
-        plan = {"reads": [*reads, *lists, recipe.tokenizer], "writes": recipe.out, "vocab_size": loaded.vocab_size}
+        lists = existing(recipe.id_lists)
+        plan = {
+            "reads": [*reads, *map(str, lists), recipe.tokenizer],
+            "writes": recipe.out,
+            "vocab_size": loaded.vocab_size,
+        }
         print_value(plan, as_json)
         return
     with Bar("build", disable=quiet) as progress:
@@ -97,10 +100,10 @@ def data_inspect(
 
     folder = paths[0]
     with Bar("inspect", disable=quiet) as progress:
-        if len(paths) > 1 or folder.is_file() or (folder.is_dir() and not (folder / "manifest.json").exists()):
-            report = inspect_text(paths, progress=progress)
-        else:
+        if len(paths) == 1 and (folder / "manifest.json").is_file():
             report = inspect(folder, Tokenizer.load(tokenizer) if tokenizer else None, progress=progress)
+        else:
+            report = inspect_text(paths, progress=progress)
     print_value(report, as_json)
     for name, state in report.get("files", {}).items():
         if state != "ok":
@@ -121,13 +124,13 @@ def data_adopt(
     quiet: Quiet = False,
 ) -> None:
     """Use the token files of nanotron and datatrove where they lie: verify them and write a shard folder of links."""
-    from hyperllama.data.ds import adopt
+    from hyperllama.data.ds import adopt, ds_files
     from hyperllama.data.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(tokenizer)
     if dry_run:
         check_free(out)
-        print_value({"reads": [str(path) for path in sorted(folder.glob("*.ds"))], "writes": str(out)}, as_json)
+        print_value({"reads": [str(path) for path in ds_files(folder)], "writes": str(out)}, as_json)
         return
     with Bar("adopt", disable=quiet) as progress:
         manifest = adopt(folder, loaded, out, language=language, eos_token=eos_token, progress=progress)

@@ -8,7 +8,6 @@ A folder of them is adopted by reading it once: the new folder holds a manifest 
 to each `.ds`, in the order of their names. Its tokenizer is the user's word, checked by the vocabulary and by the documents' ends.
 """
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import hyperllama
-from hyperllama.data.shards import FORMAT, VERSION, Shards, shard_name
+from hyperllama.data.shards import FORMAT, VERSION, on_disk, shard_name
 from hyperllama.data.text import Progress
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
@@ -45,16 +44,18 @@ def adopt(
         eos = tokenizer.tokens().index(eos_token)
     if eos is None:
         raise HyperLlamaError(f"{tokenizer.path} has no EOS: name the token that ends documents")
-    found = sorted(source.glob("*.ds")) if source.is_dir() else []
-    if not found:
-        raise HyperLlamaError(f"{source} is not a folder with .ds files")
+    found = ds_files(source)
     width = _width(found, tokenizer)
     dtype = {2: "uint16", 4: "uint32"}[width]
     sizes = [file.stat().st_size for file in found]
     lengths = [size // width for size in sizes]
     ends: list[np.ndarray] = []
+    last: list[np.ndarray] = []
     for file, length in zip(found, lengths, strict=True):
-        ends.append(_ends(file, length) + sum(lengths[: len(ends)]))
+        own = _ends(file, length)
+        last.append(np.memmap(file, on_disk(dtype), "r")[own - 1])
+        ends.append(own + sum(lengths[: len(ends)]))
+    _check(np.concatenate(last), eos, source)
     done = 0
 
     def add(count: int) -> None:
@@ -72,8 +73,7 @@ def adopt(
             os.symlink(file.absolute(), folder / shard_name(i))
             files[shard_name(i)] = {"sha256": sha256_file(file, add), "bytes": sizes[i]}
         for name in ("documents.bin", "languages.bin"):
-            data = (folder / name).read_bytes()
-            files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            files[name] = {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
         counts = {"tokens": sum(lengths), "documents": len(documents), "bytes": 0}
         manifest = {
             "format": FORMAT,
@@ -95,8 +95,15 @@ def adopt(
             "code_version": hyperllama.__version__,
         }
         write_json(folder / "manifest.json", manifest)
-        _check(Shards(folder, manifest), source)
     return manifest
+
+
+def ds_files(folder: str | Path) -> list[Path]:
+    """The `.ds` files of a folder by name. Raises HyperLlamaError when there are none."""
+    found = sorted(Path(folder).glob("*.ds"))
+    if not found:
+        raise HyperLlamaError(f"{folder} is not a folder with .ds files")
+    return found
 
 
 def _width(found: list[Path], tokenizer: Tokenizer) -> int:
@@ -125,11 +132,12 @@ def _ends(file: Path, length: int) -> np.ndarray:
     return ends
 
 
-def _check(shards: Shards, source: Path) -> None:
-    last, counts = np.unique([shards.read(int(end) - 1, 1)[0] for end in shards.document_ends], return_counts=True)
-    if last.tolist() != [shards.eos_id]:
-        most = int(last[counts.argmax()])
+def _check(last: np.ndarray, eos: int, source: Path) -> None:
+    """Raise HyperLlamaError unless `last`, every document's last token, is EOS throughout."""
+    tokens, counts = np.unique(last, return_counts=True)
+    if tokens.tolist() != [eos]:
+        most = int(tokens[counts.argmax()])
         raise HyperLlamaError(
-            f"{source}: not all documents end in token {shards.eos_id}; {counts.max():,} of {counts.sum():,} end in {most}: "
+            f"{source}: not all documents end in token {eos}; {counts.max():,} of {counts.sum():,} end in {most}: "
             "they were made with another tokenizer, or another token ends documents (--eos-token)"
         )

@@ -12,6 +12,7 @@ Hence a longer run extends a shorter one, and resuming needs only i.
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -80,7 +81,7 @@ class Source:
     max_epochs: float | None = None
 
 
-class Windows:
+class Windows(ABC):
     """Windows of several sources in some order: what a run reads. Which source and window come i-th is a subclass's `locate`.
 
     Attributes: `sources`, `seq_len`, `windows` (windows in each source), `languages` (sorted tags), `eos_id`, `vocab_size`,
@@ -121,13 +122,13 @@ class Windows:
         self.eos_id: int = tokenizer["eos_id"]
         self.vocab_size: int = tokenizer["vocab_size"]
 
+    @abstractmethod
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source and window within it of each global window in `index` (N,); two (N,) int64 arrays."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self, total_windows: int) -> np.ndarray:
         """Draws of each source in the first `total_windows` windows, (sources,) int64."""
-        raise NotImplementedError
 
     def describe(self, total_windows: int) -> dict[str, dict[str, Any]]:
         """What a run of `total_windows` takes from each source, by name.

@@ -100,6 +100,11 @@ class DataRecipe(Settings):
             raise ValueError("shares are of the whole folder: they must leave room for a source without one")
         return self
 
+    @property
+    def id_lists(self) -> list[Path]:
+        """The files of ids that its sources name."""
+        return [Path(path) for source in self.sources for path in (source.keep_ids, source.drop_ids) if path]
+
 
 def load_data_recipe(path: str | Path, assignments: list[str] | None = None) -> DataRecipe:
     """Read a data recipe and its overrides.

@@ -221,9 +221,9 @@ def inspect(
 ) -> dict[str, Any]:
     """What is in a shard folder: the manifest's counts, each file's state, document lengths, sample texts.
 
-    Keys: tokens, documents, bytes, dtype, tokenizer, languages; damaged (records of the text that were left out, the first
-    of each file); files {name: "ok" or what is wrong}; and, when no file is damaged, lengths {largest length in tokens, a
-    power of two: documents}, bad_documents (how many do not end in EOS, have one inside, or a token outside the
+    Keys: tokens, documents, bytes, dtype, tokenizer, languages; damaged (how many records of the text were left out), damages
+    (the first of each file, in words); files {name: "ok" or what is wrong}; and, when no file is damaged, lengths {largest
+    length in tokens, a power of two: documents}, bad_documents (how many do not end in EOS, have one inside, or a token outside the
     vocabulary) and, with a tokenizer, samples [{language, tokens, text}] (the first 256 tokens of `samples` documents
     spread over the stream).
     """
@@ -232,7 +232,8 @@ def inspect(
     damages = _check_files(folder, manifest, True, progress)
     keys = ("tokens", "documents", "bytes", "dtype", "tokenizer", "languages")
     report: dict[str, Any] = {key: manifest[key] for key in keys}
-    report["damaged"] = [sentence for source in manifest.get("sources", []) for sentence in source.get("damages", [])]
+    report["damaged"] = manifest.get("damaged", 0)
+    report["damages"] = [sentence for source in manifest.get("sources", []) for sentence in source.get("damages", [])]
     report["files"] = {name: damage or "ok" for name, damage in damages.items()}
     if any(damages.values()):
         return report

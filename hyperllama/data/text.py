@@ -193,6 +193,8 @@ def _pieces(
     path: Path, keys: Keys, first: int, report: Callable[[int], None]
 ) -> Iterator[tuple[int, tuple[int, bytes]]]:
     """Yield (number of the document from 1, (number of the line it begins in, document)) of a txt file."""
+    if keys.id is not None:
+        raise HyperLlamaError(f"{path} is plain text and has no ids: keep_ids and drop_ids need JSONL or parquet")
     parts: list[bytes] = []
     piece = begins = 1
     for number, line in _lines(path, keys, first, report):

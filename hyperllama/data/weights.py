@@ -74,10 +74,10 @@ def table(shards: Sequence[Shards], mix: MixSettings) -> list[dict[str, Any]]:
         for tag in folder.languages:
             counts = folder.manifest["languages"][tag]
             text = counts["tokens"] - counts["documents"]
-            sizes = {key: counts.get(key) or "-" for key in ("documents", "tokens", "characters", "bytes", "words")}
+            sizes = {key: counts.get(key) or None for key in ("documents", "tokens", "characters", "bytes", "words")}
             per = {
-                "tokens_per_word": text / counts["words"] if counts.get("words") else "-",
-                "characters_per_token": counts["characters"] / text if counts.get("characters") else "-",
+                "tokens_per_word": text / counts["words"] if counts.get("words") else None,
+                "characters_per_token": counts["characters"] / text if counts.get("characters") else None,
             }
             rows.append({"name": folder.path.name, "language": tag, **sizes, **per, **row})
     return rows

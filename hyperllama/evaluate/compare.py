@@ -143,10 +143,7 @@ class Comparison:
                 if row["pairs"] == file:
                     line = table.setdefault(row["phenomenon"], {"name": row["phenomenon"], "pairs": row["n"]})
                     cell = f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-                    line[row["model"]] = cell if "p" not in line else f"{cell} p={row['p']:.2g}"
-                    line.setdefault("p", None)
-            for line in table.values():
-                del line["p"]
+                    line[row["model"]] = cell if row["model"] == self.pairs[0]["model"] else f"{cell} p={row['p']:.2g}"
             found[f"{file}: accuracy [95 %], p of the change to the first model"] = list(table.values())
         return found
 

@@ -12,7 +12,6 @@ log-probability of the whole sentence with it (per character, when by length). F
     consistent_accuracy     facts that are right in every paraphrase
 """
 
-import json
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +21,8 @@ import numpy as np
 
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
-from hyperllama.evaluate.score import BATCH_TOKENS, score, start_token, window_length
+from hyperllama.evaluate.rows import read_rows
+from hyperllama.evaluate.score import score, start_token, window_length
 from hyperllama.evaluate.statistics import bootstrap
 from hyperllama.model import Llama
 
@@ -53,11 +53,11 @@ def read_facts(folder: str | Path) -> list[Relation]:
     for patterns in sorted(folder.glob("patterns/*/*.jsonl")):
         language, name = patterns.parent.name, patterns.stem
         tuples = folder / "tuples" / language / patterns.name
-        asked = [_text(row, "pattern", where) for row, where in _rows(patterns)]
+        asked = [text for _, (text,) in read_rows(patterns, ("pattern",))]
         for pattern in asked:
             if "[X]" not in pattern or "[Y]" not in pattern:
                 raise HyperLlamaError(f"{patterns}: the pattern {pattern!r} lacks [X] or [Y]")
-        facts = [(_text(row, "sub_label", where), _text(row, "obj_label", where)) for row, where in _rows(tuples)]
+        facts = [(subject, obj) for _, (subject, obj) in read_rows(tuples, ("sub_label", "obj_label"))]
         relation = Relation(language, name, asked, facts)
         if len(relation.candidates) < 2:
             raise HyperLlamaError(f"{tuples} has fewer than two different objects: there is nothing to rank")
@@ -65,26 +65,6 @@ def read_facts(folder: str | Path) -> list[Relation]:
     if not relations:
         raise HyperLlamaError(f"{folder} holds no patterns/<language>/<relation>.jsonl")
     return relations
-
-
-def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [(json.loads(line), f"{path} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    except OSError as error:
-        raise HyperLlamaError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise HyperLlamaError(f"{path} is not UTF-8 lines of JSON: {error}") from None
-    if not rows:
-        raise HyperLlamaError(f"{path} is empty")
-    return rows
-
-
-def _text(row: Any, key: str, where: str) -> str:
-    value = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise HyperLlamaError(f'{where} has no text under the key "{key}"')
-    return value
 
 
 def evaluate_facts(
@@ -95,7 +75,6 @@ def evaluate_facts(
     by: str = "sentence",
     start: int | None = None,
     seq_len: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Any]:
     """Ask all facts of a folder: {languages: {tag: figures}, relations: {tag/name: figures}, flops}.
 
@@ -116,7 +95,7 @@ def evaluate_facts(
             for pattern in relation.patterns
             for candidate in relation.candidates
         ]
-        scored = score(model, tokenizer.encode_batch(texts), start=start, seq_len=seq_len, batch_tokens=batch_tokens)
+        scored = score(model, tokenizer.encode_batch(texts), start=start, seq_len=seq_len)
         flops += scored.flops
         nll = np.array(scored.nll) / ([len(text) for text in texts] if by == "length" else 1)
         answers = _answers(nll.reshape(len(relation.facts), len(relation.patterns), -1), relation)

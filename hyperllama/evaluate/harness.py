@@ -116,6 +116,17 @@ class HarnessModel(TemplateLM):
         return answers
 
 
+def find_tasks(tasks: Sequence[str], task_folder: str | Path | None = None) -> TaskManager:
+    """lm-eval's manager of these tasks. Raises HyperLlamaError for one that it does not know."""
+    manager = TaskManager(include_path=None if task_folder is None else str(task_folder), include_defaults=False)
+    if not all(manager.match_tasks([task]) for task in tasks):  # reading all of lm-eval's own tasks takes seconds
+        manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise HyperLlamaError(f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists those it knows")
+    return manager
+
+
 def run_harness(
     folder: str | Path,
     tasks: Sequence[str],
@@ -130,12 +141,7 @@ def run_harness(
     task_folder: more tasks as YAML files; shots: examples before each question (default: the task's); limit: documents of each
     task; options: of HarnessModel. Raises HyperLlamaError for a task that lm-eval does not know, and like HarnessModel.
     """
-    manager = TaskManager(include_path=None if task_folder is None else str(task_folder), include_defaults=False)
-    if not all(manager.match_tasks([task]) for task in tasks):  # reading all of lm-eval's own tasks takes seconds
-        manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise HyperLlamaError(f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists those it knows")
+    manager = find_tasks(tasks, task_folder)
     model = HarnessModel(str(folder), **options)
     found = simple_evaluate(
         model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False

@@ -11,7 +11,6 @@ sentence's must be strictly greater; a tie counts one half. What is compared:
 Equal sentences are computed once, and batches hold sentences of like length: see score.py.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ import numpy as np
 
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.errors import HyperLlamaError
-from hyperllama.evaluate.score import BATCH_TOKENS, score, start_token, window_length
+from hyperllama.evaluate.rows import read_rows
+from hyperllama.evaluate.score import score, start_token, window_length
 from hyperllama.evaluate.statistics import wilson
 from hyperllama.model import Llama
 
@@ -42,38 +42,13 @@ def read_pairs(path: str | Path) -> list[Pair]:
     Raises HyperLlamaError naming the file when it is missing or empty, and the line when it is not such an object or
     its sentences are the same.
     """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise HyperLlamaError(f"{path} cannot be read: {error.strerror or error}") from None
-    pairs = [_pair(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not pairs:
-        raise HyperLlamaError(f"{path} holds no minimal pairs")
+    pairs = []
+    for where, texts in read_rows(path, Pair._fields):
+        pair = Pair(*texts)
+        if pair.good == pair.bad:
+            raise HyperLlamaError(f"{where}: the good and the bad sentence are the same")
+        pairs.append(pair)
     return pairs
-
-
-def _pair(line: bytes, where: str) -> Pair:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise HyperLlamaError(f"{where} is not UTF-8: {error.reason} at byte {error.start} of the line") from None
-    except (ValueError, RecursionError) as error:
-        raise HyperLlamaError(f"{where} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise HyperLlamaError(f'{where} is not an object: expected {{"good": ..., "bad": ..., "phenomenon": ...}}')
-    for key in Pair._fields:
-        text = value.get(key)
-        if not isinstance(text, str) or not text.strip():
-            raise HyperLlamaError(f'{where} has no text under the key "{key}"')
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise HyperLlamaError(f'{where}: "{key}" holds half a surrogate pair, which is no Unicode text') from None
-    pair = Pair(value["good"], value["bad"], value["phenomenon"])
-    if pair.good == pair.bad:
-        raise HyperLlamaError(f"{where}: the good and the bad sentence are the same")
-    return pair
 
 
 def check_way(by: str) -> None:
@@ -134,7 +109,6 @@ def score_pairs(
     by: str = "sentence",
     start: int | None = None,
     seq_len: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
 ) -> PairScores:
     """Score a file of minimal pairs by sentence, word or length; other arguments as in score_text.
 
@@ -149,7 +123,6 @@ def score_pairs(
         tokenizer.encode_batch(sentences),
         start=start_token(tokenizer) if start is None else start,
         seq_len=window_length(model, seq_len),
-        batch_tokens=batch_tokens,
     )
     nll = np.array(scored.nll)
     if by == "length":

@@ -6,7 +6,7 @@ bootstrap   quantiles over documents drawn again with replacement               
 """
 
 from collections.abc import Sequence
-from math import comb, sqrt
+from math import sqrt
 
 import numpy as np
 
@@ -28,7 +28,11 @@ def mcnemar(first_only: int, second_only: int) -> float:
     n, k = first_only + second_only, min(first_only, second_only)
     if n == 0:
         return 1.0
-    return min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n)
+    term = total = 1
+    for i in range(k):
+        term = term * (n - i) // (i + 1)
+        total += term
+    return min(1.0, 2 * total / 2**n)
 
 
 def bootstrap(

@@ -16,7 +16,7 @@ import numpy as np
 
 from hyperllama.data.text import Document, iter_documents
 from hyperllama.data.tokenizer import Tokenizer
-from hyperllama.evaluate.score import BATCH_TOKENS, score, start_token, window_length
+from hyperllama.evaluate.score import score, start_token, window_length
 from hyperllama.model import Llama
 
 CHUNK_BYTES = 1 << 23  # text held at once; windows of equal length are looked for within it
@@ -67,7 +67,6 @@ def score_text(
     *,
     start: int | None = None,
     seq_len: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> TextScores:
     """Score the documents of text files.
@@ -85,7 +84,7 @@ def score_text(
     def flush(chunk: list[Document]) -> None:
         nonlocal n_tokens, flops
         sequences = tokenizer.encode_batch([document.text for document in chunk])
-        scored = score(model, sequences, start=start, seq_len=seq_len, batch_tokens=batch_tokens)
+        scored = score(model, sequences, start=start, seq_len=seq_len)
         sizes.extend((document.num_bytes, len(document.text)) for document in chunk)
         n_tokens += sum(map(len, sequences))
         flops += scored.flops

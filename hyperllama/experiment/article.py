@@ -17,7 +17,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 PAPERS = (
     180_078_912,
     197_300_060_160,
-)  # parameters of the small model, its tokens before adaptation: English and some code
+)  # the small model: parameters, tokens before adaptation
 TITLES = {"single": "One rate for all arms", "tuned": "Rates chosen by the sweep"}
 
 
@@ -295,7 +295,8 @@ def _limits(seeds: dict[str, list[Arms]], first: Arms) -> str:
         few = "With so few seeds an interval is wide, and one that excludes zero may do so by chance. " + few
     return f"""## What this does not show
 
-The paper's small model has {PAPERS[0] / small:,.0f} times as many parameters, and before adaptation it saw {PAPERS[1] / tokens:,.0f} times as \
-much text: in a budget as small as this a wider model takes few steps, and where it loses, it may lose for that reason alone. \
+The paper's small model has {PAPERS[0] / small:,.0f} times as many parameters, and before adaptation it saw \
+{PAPERS[1] / tokens:,.0f} times as much text: \
+in a budget as small as this a wider model takes few steps, and where it loses, it may lose for that reason alone. \
 Seeds share tokenizer and text. {few} \
 Bits per byte of different languages are not the same amount of text."""

@@ -84,7 +84,9 @@ def test_the_bytes_do_not_depend_on_processes_or_units(corpus, tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("stops_at", [("survey", 2), ("tokenize", 3), ("assemble", 1)])
-def test_an_interrupted_build_goes_on_and_ends_in_the_same_bytes(corpus, tokenizer, tmp_path, small_units, stops_at):
+def test_an_interrupted_build_goes_on_and_ends_in_the_same_bytes(
+    corpus, tokenizer, tmp_path, small_units, stops_at, monkeypatch
+):
     settings = {"shuffle": True, "shard_tokens": 1000}
     build(recipe(tmp_path / "whole", tokenizer, {"files": str(corpus)}, **settings), tokenizer)
     done = Counter()
@@ -105,11 +107,13 @@ def test_an_interrupted_build_goes_on_and_ends_in_the_same_bytes(corpus, tokeniz
     assert before
     tokenized: list[str] = []
     encode = tokenizer._encode
-    tokenizer._encode = lambda batch: tokenized.extend(batch) or encode(batch)  # type: ignore[func-returns-value]
-    try:
-        build(again, tokenizer)
-    finally:
-        tokenizer._encode = encode
+
+    def spy(batch: list[str]) -> list[list[int]]:
+        tokenized.extend(batch)
+        return encode(batch)
+
+    monkeypatch.setattr(tokenizer, "_encode", spy)
+    build(again, tokenizer)
     assert files(tmp_path / "again") == files(tmp_path / "whole")
     kept = sum(name.endswith(".npy") for name in before)
     assert (len(tokenized) < 400) == bool(kept)  # what was finished was not done again
@@ -229,7 +233,7 @@ def test_damaged_records_are_an_error_or_skipped_and_counted(corpus, tokenizer, 
     assert texts(tmp_path / "s", tokenizer) == [text_of(i - i % 10 // 9) for i in range(150)]
     assert manifest["damaged"] == 3
     assert [sentence.split(" ")[2] for sentence in manifest["sources"][0]["damages"]] == ["4", "5", "6"]
-    assert inspect(tmp_path / "s")["damaged"] == manifest["sources"][0]["damages"]
+    assert inspect(tmp_path / "s")["damages"] == manifest["sources"][0]["damages"]
 
 
 def test_a_document_of_megabytes_is_one_document(tokenizer, tmp_path):

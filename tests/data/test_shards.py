@@ -163,7 +163,7 @@ def test_what_cannot_be_built_is_refused(make_shards, tmp_path: Path, byte_token
         make_shards("s", DOCUMENTS)
     with pytest.raises(HyperLlamaError, match="no text files"):
         build_shards([], byte_tokenizer, tmp_path / "none")
-    with pytest.raises(HyperLlamaError, match="shard_tokens must be at least 1"):
+    with pytest.raises(HyperLlamaError, match="build_shards: shard_tokens"):
         make_shards("zero", DOCUMENTS, shard_tokens=0)
     with pytest.raises(HyperLlamaError, match="one language too many"):
         make_shards("babel", [(f"l{i}", "x") for i in range(257)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from hyperllama.config import ModelConfig
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
@@ -68,3 +69,10 @@ def make_folder(tmp_path: Path, tokenizer: Tokenizer, config: ModelConfig) -> Ma
         return tmp_path / name
 
     return make
+
+
+@torch.no_grad()
+def log_probability(theirs: LlamaForCausalLM, ids: list[int]) -> float:
+    """Of all tokens after the first, by transformers."""
+    shares = theirs(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return float(shares[range(len(ids) - 1), ids[1:]].sum())

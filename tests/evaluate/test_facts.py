@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from transformers import LlamaForCausalLM
 
 from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate import evaluate_facts, load_folder
 from hyperllama.evaluate.facts import Relation, _answers, read_facts
+from tests.evaluate.conftest import log_probability
 
 PATTERNS = ["the boat of [X] is [Y]", "[Y] , nobody knew , lay on [X]", "gamli [X] í [Y]"]
 FACTS = [("shore", "old"), ("there", "left"), ("who", "boat"), ("fjörunni", "old"), ("it", "knew")]
@@ -26,12 +26,6 @@ def write(folder: Path, patterns=PATTERNS, facts=FACTS, language: str = "isl", n
         (folder / kind / language).mkdir(parents=True, exist_ok=True)
         (folder / kind / language / f"{name}.jsonl").write_text("\n".join(map(json.dumps, values)))
     return folder
-
-
-@torch.no_grad()
-def log_probability(theirs: LlamaForCausalLM, ids: list[int]) -> float:
-    shares = theirs(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-    return float(shares[range(len(ids) - 1), ids[1:]].sum())
 
 
 def test_figures_equal_those_of_transformers(make_folder, tokenizer, tmp_path):

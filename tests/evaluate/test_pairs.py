@@ -4,25 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import LlamaForCausalLM
 
 from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate import evaluate_pairs, load_folder
 from hyperllama.evaluate.pairs import Pair, read_pairs, score_pairs, up_to_the_difference
 from hyperllama.evaluate.statistics import wilson
-from tests.evaluate.conftest import WORDS, sentence
+from tests.evaluate.conftest import WORDS, log_probability, sentence
 
 
 def write(file: Path, pairs: list[tuple[str, str, str]]) -> Path:
     file.write_text("\n".join(json.dumps(dict(zip(Pair._fields, pair, strict=True))) for pair in pairs))
     return file
-
-
-@torch.no_grad()
-def log_probability(theirs: LlamaForCausalLM, ids: list[int]) -> float:
-    shares = theirs(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-    return float(shares[range(len(ids) - 1), ids[1:]].sum())
 
 
 def test_accuracy_equals_that_of_transformers(make_folder, tokenizer, tmp_path):
@@ -141,5 +134,5 @@ def test_missing_and_empty_files_are_named(tmp_path):
     with pytest.raises(HyperLlamaError, match="cannot be read"):
         read_pairs(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(HyperLlamaError, match=r"empty\.jsonl holds no minimal pairs"):
+    with pytest.raises(HyperLlamaError, match=r"empty\.jsonl is empty"):
         read_pairs(tmp_path / "empty.jsonl")
