@@ -120,7 +120,10 @@ def run_seeds(config: SeedsConfig) -> dict[str, Any]:
 def _finished(config: SeedsConfig, file: Path) -> bool:
     if not file.is_file():
         return False
-    stored, wanted = read_json(file)["settings"], json.loads(json.dumps(config.settings))
+    settings = read_json(file)["settings"]
+    apart = {key: value for key, value in config.model_dump().items() if key not in config.settings}
+    # a key that is younger than a result has its default there
+    stored, wanted = _plain(validated(SeedsConfig, apart | settings, str(file)).settings), _plain(config.settings)
     differing = [key for key in wanted if stored.get(key) != wanted[key]]
     if differing:
         raise HyperLlamaError(
@@ -128,6 +131,10 @@ def _finished(config: SeedsConfig, file: Path) -> bool:
             "folder for results, or remove the file"
         )
     return True
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings))
 
 
 def _write_article(config: SeedsConfig) -> dict[str, Any]:
