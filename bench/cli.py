@@ -59,6 +59,7 @@ PARTS = {
     "merge": Part("Merges of model folders from the shell.", (Program("merge", ("--only", "^(?!grow|start)")),)),
     "data": Part("Tokenizing and the loader.", (Program("pipeline", ("data",)),)),
     "checkpoint": Part("Saving and restoring training state.", (Program("pipeline", ("checkpoint",)),)),
+    "evaluate": Part("Minimal pairs on a model folder.", (Program("pipeline", ("evaluate",)),)),
 }
 
 

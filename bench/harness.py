@@ -254,6 +254,15 @@ def limit(provider: str, what: str, most: float, samples: Sequence[float]) -> Re
     return {**asdict(target), "measured": measured, "met": measured["median"] >= 1.0}  # type: ignore[operator]
 
 
+def outcome(
+    case: str, params: dict[str, int | float | str], provider: str, what: str, least: float, value: float
+) -> Result:
+    """An entry of `results` that is no time: something counted, that is at least `least`."""
+    measured: dict[str, float | None] = {"median": value, "low": None, "high": None}
+    target = {**asdict(Target(provider, what, least)), "measured": measured, "met": value >= least}
+    return {"case": case, "params": params, "providers": {}, "targets": [target]}
+
+
 def _judged(target: Target, providers: dict[str, Any], comparable: bool) -> Result:
     """A target with what was measured of it: the median of the rounds' own ratios, and whether that is enough."""
     ours, theirs = providers[target.provider], providers[target.against]

@@ -34,6 +34,7 @@ from hyperllama.merge.search import PAPERS, Candidate, Development, search
 from hyperllama.train.loop import train
 
 from .environment import environment, without_paths
+from .harness import Result, outcome
 
 PARTS = {"choose": 8_000, "learn": 26_000, "test": 42_000}  # bytes of text up to which a part takes documents
 STEPS, WINDOWS = 24, 24  # of learning
@@ -182,6 +183,17 @@ def summary(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def judged(found: dict[str, Any]) -> list[Result]:
+    """The goal, for every family: what the best merge that knows of languages closes of the gap, in the mean of the seeds."""
+    results = []
+    for family, rows in found.items():
+        shares = {name: mean(rows[name]["gap_closed"]) for name in merges([]) if name not in PAPERS}
+        best = max(shares, key=lambda name: shares[name])
+        params = {"family": family, "seeds": len(rows[best]["seeds"]), "merge": best}
+        results.append(outcome("merging", params, "share", "of the gap to joint training closed", 0.5, shares[best]))
+    return results
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,7 +213,7 @@ def main() -> None:
         "command": ["bench.merging", *map(without_paths, sys.argv[1:])],
     }
     about |= {"environment": environment("cpu"), "recipe": Path(arguments.recipe).read_text()}
-    write_json(arguments.out, {**about, "summary": found, "seeds": seeds})
+    write_json(arguments.out, {**about, "summary": found, "results": judged(found), "seeds": seeds})
     for family, table in found.items():
         print(f"\n| {family} | bits per byte | gap closed | spent, % of training |\n| --- | --- | --- | --- |")
         training = next(iter(seeds.values()))["training_flops"]

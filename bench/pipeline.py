@@ -1,11 +1,13 @@
-"""What stands around the ops of a run: tokenizing, the loader, checkpoints, the loop itself.
+"""What stands around the ops of a run: tokenizing, the loader, checkpoints, measuring a model, the loop itself.
 
-    python -m bench.pipeline data|checkpoint [--quick] [--json] [--out bench/results]
+    python -m bench.pipeline data|checkpoint|evaluate [--quick] [--json] [--out bench/results]
 
 tokenize    text to shards; beside it the tokenizer alone, which bounds it
 loader      windows from shards, in the order of a mixture, as batches
+stall       how long the loop waits when it asks for a checkpoint; at most 2 % of the time between two, here a minute
 save        the training state to a checkpoint, waited for; beside it a plain write of as many bytes, without a checksum
 restore     the newest checkpoint, verified and read; beside it a plain read of as many bytes
+pairs       4000 minimal pairs on a model of the demo's size, from folder to accuracy; well under a minute
 The loop is for the regression gate (regress_cases.py). Files are in the page cache.
 """
 
@@ -16,13 +18,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hyperllama.arena import Arena
-from hyperllama.checkpoint import Checkpointer, load, newest, slices
+from hyperllama.checkpoint import Checkpointer, export_model, load, newest, slices
 from hyperllama.config import CheckpointSettings, ModelConfig, RunConfig, validated
 from hyperllama.data.build import build_shards
 from hyperllama.data.loader import Loader
@@ -30,10 +33,11 @@ from hyperllama.data.mixture import Mixture, Source
 from hyperllama.data.sample import write_corpus
 from hyperllama.data.shards import Shards
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
+from hyperllama.model import Llama
 from hyperllama.train.distributed import Processes
 
 from .environment import device_slug, environment
-from .harness import Case, Roof, Thunk, run, table, write_results
+from .harness import Case, Result, Roof, Thunk, judgement, limit, missed, run, table, write_results
 
 BUFFER = 4 << 20  # bytes
 SEQ_LEN, WINDOWS = 512, 64  # of a batch
@@ -120,6 +124,24 @@ def _quiet(event: str, sentence: str) -> None:
     raise OSError(f"{event}: {sentence}")  # a benchmark's checkpoints are written
 
 
+def stall_case(space: Workspace, parameters: int) -> Case:
+    """A checkpoint as the loop feels it: the call alone. Saves are over before the next one is asked for."""
+    arena = _arena(parameters)
+
+    def setup() -> Thunk:
+        saver, step = Checkpointer(space.path / "stalled", CheckpointSettings(keep=1), ALONE, _quiet), 0
+
+        def ours() -> None:
+            nonlocal step
+            step += 1
+            saver.save(step, slices(arena), arena, {})
+
+        ours.before = saver.wait  # type: ignore[attr-defined]
+        return ours
+
+    return Case("stall", {"parameters": arena.size}, 0, 12 * arena.size, {"ours": setup})
+
+
 def save_case(space: Workspace, parameters: int) -> Case:
     """A checkpoint, from the call to the end of its thread."""
     arena = _arena(parameters)
@@ -170,6 +192,25 @@ def restore_case(space: Workspace, parameters: int) -> Case:
     return Case("restore", {"parameters": arena.size}, 0, 12 * arena.size, {"ours": lambda: ours}, roofs=roofs)
 
 
+def pairs_case(space: Workspace, count: int) -> Case:
+    """Minimal pairs of English sample text on a model with random weights."""
+    from hyperllama.evaluate import evaluate_folder
+
+    from .cpu import DEMO
+
+    corpus, folder, tokenizer = space.path / f"pairs-{count}", space.path / "demo", space.tokenizer()
+    write_corpus(corpus, ("eng",), 10_000, seed=1, dev_bytes=2_000, pairs=count)
+    model = Llama(DEMO, Arena(DEMO, torch.float32, "cpu", training=False))
+    model.init_weights(seed=0)
+    export_model(folder, DEMO, model.arena.logical("weights").items(), {}, tokenizer.path, torch.float32, {})
+    pairs = corpus / "minimal_pairs" / "eng.jsonl"
+
+    def ours() -> None:
+        evaluate_folder(folder, [], [pairs])
+
+    return Case("pairs", {"pairs": count, "parameters": DEMO.num_parameters}, 0, 0, {"ours": lambda: ours})
+
+
 def loop_case(space: Workspace, steps: int) -> Case:
     """A whole run of a model so small that what is not an op takes most of a step: plan, loader, metrics, export."""
     out, shards = space.path / "run", space.shards(200_000)
@@ -189,31 +230,43 @@ def loop_case(space: Workspace, steps: int) -> Case:
     return Case("loop", {"steps": steps}, 0, 0, {"ours": lambda: ours})
 
 
+LIMITS = {"stall": ("2 % of a minute", 1.2), "pairs": ("a minute", 60.0)}  # seconds
+
+
 def cases(what: str, quick: bool) -> list[Callable[[Workspace], Case]]:
-    """The cases of `data` or `checkpoint`."""
+    """The cases of `data`, `checkpoint` or `evaluate`."""
     size, parameters = (1_000_000, 4_000_000) if quick else (20_000_000, 180_000_000)
-    if what == "data":
-        return [lambda space: tokenize_case(space, size), lambda space: loader_case(space, size, 8)]
-    return [lambda space: save_case(space, parameters), lambda space: restore_case(space, parameters)]
+    makers: dict[str, list[Callable[[Workspace], Case]]] = {
+        "data": [partial(tokenize_case, n_bytes=size), partial(loader_case, n_bytes=size, batches=8)],
+        "checkpoint": [partial(case, parameters=parameters) for case in (stall_case, save_case, restore_case)],
+        "evaluate": [partial(pairs_case, count=400 if quick else 4000)],
+    }
+    return makers[what]
+
+
+def measured(case: Case, rounds: int) -> Result:
+    """A case's result, judged where its time has a limit."""
+    result = run(case, rounds=rounds, min_sample=0)
+    if case.name in LIMITS:
+        result["targets"].append(limit("ours", *LIMITS[case.name], result["providers"]["ours"]["samples"]))
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description="Time the data pipeline or checkpoints.")
-    parser.add_argument("what", choices=("data", "checkpoint"))
-    parser.add_argument(
-        "--quick", action="store_true", help="1 MB of text instead of 20; 4M parameters instead of 180M"
-    )
+    """Measure, print, write; 1 when a target was missed."""
+    parser = argparse.ArgumentParser(description="Time the data pipeline, checkpoints, or the measuring of a model.")
+    parser.add_argument("what", choices=("data", "checkpoint", "evaluate"))
+    parser.add_argument("--quick", action="store_true", help="text, state and pairs of a tenth or less")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--out", type=Path, help="write <out>/<device>/<what>.json")
     given = parser.parse_args(arguments)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     space, rounds = Workspace(), 5 if given.quick else 9
-    results = [run(make(space), rounds=rounds, min_sample=0) for make in cases(given.what, given.quick)]
-    print(json.dumps(results, indent=1) if given.json else table(results))
+    results = [measured(make(space), rounds) for make in cases(given.what, given.quick)]
+    print(json.dumps(results, indent=1) if given.json else f"{table(results)}\n\n{judgement(results)}")
     if given.out:
         write_results(given.out / device_slug(environment()["device"]) / f"{given.what}.json", results)
-    return 0
+    return 1 if missed(results) else 0
 
 
 if __name__ == "__main__":

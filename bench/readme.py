@@ -113,12 +113,9 @@ def block(folder: Path = RESULTS) -> str:
     parts: list[str] = []
     for path in sorted(folder.rglob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
-        if "results" in document:
-            tables = [make(document["results"]) for make in (steps, ops, folders)]
-        elif "summary" in document and path.name == "merging.json":
-            tables = list(methods(document))
-        else:
-            continue
+        tables = [make(document.get("results", [])) for make in (steps, ops, folders)]
+        if path.name == "merging.json":
+            tables += methods(document)
         if tables := [text for text in tables if text]:
             picture = path.with_suffix(".png")
             shows = [f"![{picture.stem}]({picture.relative_to(folder.parent.parent)})"] if picture.is_file() else []

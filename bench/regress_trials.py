@@ -18,6 +18,7 @@ from typing import Any
 from hyperllama.files import read_json, write_json
 
 from .environment import environment
+from .harness import Result, judgement, missed, outcome
 from .regress import Gate, Installation, checkout, install
 from .sequential import WORTH
 
@@ -61,6 +62,21 @@ def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def judged(trials: list[dict[str, Any]]) -> list[Result]:
+    """The two promises as targets: at most one false alarm in 40, at least 19 slowdowns of 20 caught."""
+    found = summary(trials)
+    equal, slowed = found["equal"], found["slowed"]
+    shares = (
+        ("equal", equal["trials"], equal["trials"] - equal["alarms"], "trials without an alarm", 39 / 40),
+        ("slowed", slowed["trials"], slowed["caught"], "trials that catch it", 19 / 20),
+    )
+    return [
+        outcome("gate", {"versions": kind, "trials": count}, "share", what, least, good / count)
+        for kind, count, good, what, least in shares
+        if count
+    ]
+
+
 def main() -> int:
     """Run trials of both kinds in turn; 1 when they break a promise: one false alarm of 40, one miss of 20."""
     parser = argparse.ArgumentParser(description="Try the regression gate on equal versions and on a slower one.")
@@ -85,12 +101,9 @@ def main() -> int:
         trials.append(trial(versions, CASES[found["slowed"]["trials"] % len(CASES)] if slow else None, given.seconds))
         print({key: value for key, value in trials[-1].items() if key != "ratios"}, flush=True)
         about = {"date": datetime.date.today().isoformat(), "environment": environment(), "commit": commit}
-        write_json(given.out, {**about, "summary": summary(trials), "trials": trials})
-    found = summary(trials)
-    print(found)
-    allowed = found["equal"]["alarms"] <= max(1, found["equal"]["trials"] // 40)
-    caught = 20 * found["slowed"]["caught"] >= 19 * found["slowed"]["trials"]
-    return 0 if allowed and caught else 1
+        write_json(given.out, {**about, "summary": summary(trials), "results": judged(trials), "trials": trials})
+    print(summary(trials), judgement(judged(trials)), sep="\n")
+    return 1 if missed(judged(trials)) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every speed and memory target of the project in one list, beside what was measured of it.
+"""Every target of the project that is a figure in one list, beside what was measured of it.
 
     hyperllama bench targets [--json] [--results bench/results]
 
@@ -24,7 +24,7 @@ class Goal:
     """`provider` is at least `least` times as fast as `against` (or below the limit that is so called) in every case whose title
     the regex finds."""
 
-    area: str  # Triton, C++, trainer, folders
+    area: str  # Triton, C++, trainer, folders, merges, data, gate
     needs: str  # CPU, GPU
     case: str
     provider: str
@@ -108,6 +108,8 @@ def _trainer() -> Iterator[Goal]:
         yield Goal("trainer", GPU, f"^train model={model}", "ours", "transformers", 1.5)
     yield Goal("trainer", GPU, "^train model=572M", "ours", "50 GB", 1.0)
     yield Goal("trainer", CPU, "^overhead ", "loop", "3 % that is not an op", 1.0)
+    yield Goal("trainer", CPU, "^stall parameters=1", "ours", "2 % of a minute", 1.0)
+    yield Goal("trainer", CPU, "^chaos ", "share", "disturbed runs equal to the undisturbed", 1.0)
 
 
 def _folders() -> Iterator[Goal]:
@@ -125,7 +127,17 @@ def _folders() -> Iterator[Goal]:
         yield Goal("folders", CPU, "^start", command, "0.5 s", 1.0)
 
 
-GOALS: tuple[Goal, ...] = (*_triton(), *_cpp(), *_trainer(), *_folders())
+def _rest() -> Iterator[Goal]:
+    """Merges of languages against the way to joint training; data and evaluation; what the regression gate promises."""
+    for family in ("1x", "1x-cloned"):
+        yield Goal("merges", CPU, f"^merging family={family} ", "share", "of the gap to joint training closed", 0.5)
+    yield Goal("data", CPU, "^tokenizing ", "hyperllama", "datatrove", 1.0)
+    yield Goal("data", CPU, "^pairs pairs=4000", "ours", "a minute", 1.0)
+    yield Goal("gate", CPU, "^gate versions=equal ", "share", "trials without an alarm", 39 / 40)
+    yield Goal("gate", CPU, "^gate versions=slowed ", "share", "trials that catch it", 19 / 20)
+
+
+GOALS: tuple[Goal, ...] = (*_triton(), *_cpp(), *_trainer(), *_folders(), *_rest())
 
 
 def read(folder: Path) -> Iterator[Measured]:

@@ -28,7 +28,7 @@ def test_a_command_prints_what_was_measured_as_json(tmp_path: Path) -> None:
         [*program, "checkpoint", "--quick", "--out", str(tmp_path)], capture_output=True, text=True, check=True
     )
     [path] = tmp_path.glob("*/checkpoint.json")
-    assert [result["case"] for result in json.loads(path.read_text())["results"]] == ["save", "restore"]
+    assert [result["case"] for result in json.loads(path.read_text())["results"]] == ["stall", "save", "restore"]
     assert "GB/s" in done.stdout
 
 
@@ -69,7 +69,7 @@ def test_all_runs_every_part_and_ends_with_the_worst_exit_code(monkeypatch: pyte
 
     monkeypatch.setattr(cli.subprocess, "run", fake)
     assert runner.invoke(cli.app, ["all", "--quick"]).exit_code == 1
-    assert ran == ["cpu", "cpu", "throughput", "merge", "merge", "pipeline", "pipeline"]
+    assert ran == ["cpu", "cpu", "throughput", "merge", "merge", "pipeline", "pipeline", "pipeline"]
     assert runner.invoke(cli.app, ["data"]).exit_code == 0
 
 

@@ -7,12 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from hyperllama.bench import regress
 from hyperllama.bench.regress import Gate, Installation, WorkerError, copy_tree, one_round, workers
+from hyperllama.bench.regress_trials import judged
+from hyperllama.bench.regress_worker import make_clock
 from hyperllama.bench.sequential import Trial
 from hyperllama.errors import HyperLlamaError
 from hyperllama.kernels import native
@@ -85,6 +88,40 @@ def test_a_slow_version_is_told_from_an_equal_one_and_lost_code_from_new_code(
     assert report["verdict"] == "regression" and "slower: loader" in said[-1]
     text = regress.table(report)
     assert text.splitlines()[-1].startswith("regression: loader") and "broken  head: ValueError: lost" in text
+
+
+def test_the_clock_leaves_out_waiting_for_a_cpu_and_counts_other_waiting() -> None:
+    now, allowed = make_clock(), os.sched_getaffinity(0)
+    if now is time.perf_counter:
+        pytest.skip("this kernel tells NO delay of a thread: the gate's clock is the wall's")
+    cpu = min(allowed)
+    command = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nprint(flush=True)\nwhile True: pass"
+    neighbour = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE)
+    try:
+        assert neighbour.stdout is not None and neighbour.stdout.readline()
+        os.sched_setaffinity(0, {cpu})
+        spent, ours, wall = time.thread_time(), now(), time.perf_counter()
+        while time.perf_counter() - wall < 1.0:
+            pass
+        ours, wall, spent = now() - ours, time.perf_counter() - wall, time.thread_time() - spent
+        assert spent < 0.8 * wall  # the neighbour did take its part
+        assert ours == pytest.approx(spent, rel=0.1)
+        began = now()
+        time.sleep(0.2)
+        assert now() - began >= 0.19
+    finally:
+        os.sched_setaffinity(0, allowed)
+        neighbour.kill()
+        neighbour.wait()
+
+
+def test_trials_are_judged_by_what_the_gate_promises() -> None:
+    equal = [{"slowed": None, "slower": ["a"] * (i == 0), "seconds": 1.0} for i in range(40)]
+    slowed = [{"slowed": "a", "slower": ["a"] * (i > 0), "seconds": 1.0} for i in range(20)]
+    assert [result["targets"][0]["met"] for result in judged([*equal, *slowed])] == [True, True]
+    equal[1]["slower"], slowed[1]["slower"] = ["b"], ["b"]
+    assert [result["targets"][0]["met"] for result in judged([*equal, *slowed])] == [False, False]
+    assert judged([]) == []
 
 
 def test_a_process_that_dies_takes_its_case_along_and_no_other(versions: tuple[Installation, Installation]) -> None:

@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from hyperllama.bench import cpu, gpu, merge, ops
+from hyperllama.bench import cpu, gpu, merge, merging, ops, pipeline, regress_trials
 from hyperllama.bench.harness import Case, title
+from hyperllama.bench.pipeline import Workspace
 from hyperllama.bench.targets import GOALS, Goal, Measured, judged, read, table
 
 
@@ -60,6 +61,28 @@ def test_every_target_of_folders_has_a_case() -> None:
             least = {"mergekit": method.against_tool, "floor": 1 / method.floors}.get(goal.against, 1.0)
             assert goal.least == least
             assert goal.against in ("mergekit", "floor", f"{merge.MERGE_GB} GB anonymous memory")
+
+
+def test_every_target_beside_steps_and_folders_is_judged_by_the_program_that_measures_it(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    found = [
+        pipeline.measured(pipeline.stall_case(space, 100_000), 1),
+        pipeline.measured(pipeline.pairs_case(space, 20), 1),
+    ]
+    trial = {"slower": [], "seconds": 1.0}
+    found += regress_trials.judged([{**trial, "slowed": None}, {**trial, "slowed": "a", "slower": ["a"]}])
+    shares = {name: {"gap_closed": [0.4, 0.6], "seeds": {"1": 1.0, "2": 1.0}} for name in merging.merges([])}
+    found += merging.judged({family: shares for family in ("1x", "1x-cloned")})
+    seen = set()
+    for result in found:
+        (target,) = result["targets"]
+        name = title(result).replace("parameters=1001", "parameters=180").replace("pairs=20", "pairs=4000")
+        (goal,) = (goal for goal in GOALS if re.search(goal.case, name))
+        assert (goal.provider, goal.against, goal.least) == (target["provider"], target["against"], target["least"])
+        assert target["met"] is True
+        seen.add(goal)
+    areas = {goal for goal in GOALS if goal.area in ("merges", "data", "gate") or goal.case.startswith("^stall")}
+    assert [goal.case for goal in areas - seen] == ["^tokenizing "]  # its peer is not installed here
 
 
 def test_every_target_of_a_gpu_is_the_one_that_bench_gpu_judges() -> None:
