@@ -189,7 +189,7 @@ def judged(found: dict[str, Any]) -> list[Result]:
     for family, rows in found.items():
         shares = {name: mean(rows[name]["gap_closed"]) for name in merges([]) if name not in PAPERS}
         best = max(shares, key=lambda name: shares[name])
-        params = {"family": family, "seeds": len(rows[best]["seeds"]), "merge": best}
+        params: dict[str, int | float | str] = {"family": family, "seeds": len(rows[best]["seeds"]), "merge": best}
         results.append(outcome("merging", params, "share", "of the gap to joint training closed", 0.5, shares[best]))
     return results
 
