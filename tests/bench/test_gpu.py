@@ -167,7 +167,7 @@ def test_copies_are_kernels_that_compile_and_no_larger_than_they_need_be():
     [launch] = trace.launches
     source, target, n = launch.arguments
     assert source.bytes == target.bytes == 4 * n <= gpu.LARGEST_COPY / 2
-    assert {roof.scale * 8 * n for roof in roofs.values()} == {pytest.approx(traffic)}
+    assert all(roof.scale * 8 * n == pytest.approx(traffic) for roof in roofs.values())
     found = resources.compiled(resources.specialized(launch, "sm_90"))
     assert not isinstance(found, str), found
     assert (found.wide, found.accesses, found.spilled) == (8, 8, 0)
