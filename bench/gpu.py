@@ -37,12 +37,12 @@ from .harness import FLUSH_BYTES, Case, CudaClock, Roof, Target, Thunk, judgemen
 from .shapes import SHAPES
 
 SCHEMA = 1
+LARGEST_COPY = 4 << 30  # bytes read and written; a head of 65536 tokens moves 34 GB: no GPU holds three such copies
 BINDING = 65536  # tokens: the smallest at which the 180M shape moves 250 MB
 MODES: dict[str, Any] = {"cold": {"cold": True, "graph": True}, "warm": {"graph": True}, "eager": {"cold": True}}
 HEAD_LEAST = {"180M": 1 / 1.15, "572M": 1 / 1.10}  # against its three products and a copy of its logits
 # ours against every other backend, so against the best; both together are what `auto` chooses by and is judged on
 ATTENTION_LEAST = {"attention": 0.80, "attention backward": 0.75, "attention with backward": None}
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def cells() -> list[Cell]:
 
 
 @jit
-def _copy_kernel(source_ptr: Any, target_ptr: Any, n: Any, BLOCK: constexpr) -> None:
+def _copy_kernel(source_ptr, target_ptr, n, BLOCK: constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target_ptr + at, tl.load(source_ptr + at, mask=at < n), mask=at < n)
 
@@ -85,12 +85,16 @@ def sets(held: int, mode: str) -> int:
 
 
 def copy_roofs(traffic: int, mode: str) -> dict[str, Roof]:
-    """torch's copy and a Triton kernel's, with `traffic` bytes read and written; going round as the op does."""
-    count = sets(traffic // 2, mode)
+    """torch's copy and a Triton kernel's, of `traffic` bytes read and written, or a part that is more than any cache.
+
+    They go round as the op does.
+    """
+    part = min(traffic, LARGEST_COPY)
+    count, scale = sets(part // 2, mode), traffic / part
 
     def setup(copy: Callable[[Tensor, Tensor], Any]) -> Callable[[], Thunk]:
         def prepare() -> Thunk:
-            sources = [torch.ones(traffic // 8, dtype=torch.int32, device="cuda") for _ in range(count)]
+            sources = [torch.ones(part // 8, dtype=torch.int32, device="cuda") for _ in range(count)]
             pairs = [(source, torch.zeros_like(source)) for source in sources]
 
             def thunk() -> None:
@@ -106,7 +110,7 @@ def copy_roofs(traffic: int, mode: str) -> dict[str, Roof]:
         _copy_kernel[(-(-n // 4096),)](source, target, n, BLOCK=4096, num_warps=8)
 
     torchs = setup(lambda source, target: target.copy_(source))
-    return {"copy": Roof(torchs, 1 / count), "copy_triton": Roof(setup(own), 1 / count)}
+    return {"copy": Roof(torchs, scale / count), "copy_triton": Roof(setup(own), scale / count)}
 
 
 def products_roof(inputs: Inputs, traffic: int) -> Roof:
@@ -116,7 +120,8 @@ def products_roof(inputs: Inputs, traffic: int) -> Roof:
     x, weight = inputs[:2]
 
     def setup() -> Thunk:
-        copy = copy_roofs(traffic, "warm")["copy"].setup()  # of gigabytes: cold however it is done
+        times = -(-traffic // LARGEST_COPY)
+        copy = copy_roofs(traffic // times, "warm")["copy"].setup()  # of gigabytes: cold however it is done
         parts = chunks(x, weight, None)
         logits = torch.empty(max(rows for _, rows in parts), weight.shape[0], dtype=x.dtype, device=x.device)
         dx, dw = torch.empty_like(x), torch.empty_like(weight)
@@ -127,7 +132,8 @@ def products_roof(inputs: Inputs, traffic: int) -> Roof:
                 torch.mm(rows, weight.t(), out=z)
                 torch.mm(z, weight, out=dx.narrow(0, *part))
                 torch.mm(z.t(), rows, out=dw)
-            copy()
+            for _ in range(times):
+                copy()
 
         return thunk
 
@@ -139,7 +145,7 @@ def targets(cell: Cell, problem: Problem) -> tuple[Target, ...]:
     binds = cell.mode == "cold" and cell.tokens == BINDING and cell.shape in ("180M", "572M")
     least: dict[str, float | None] = {"copy": problem.share, "copy_triton": problem.share} if not problem.flops else {}
     if cell.op.startswith("linear_cross_entropy"):
-        least = {"products": HEAD_LEAST.get(cell.shape)}
+        least = {"products": HEAD_LEAST.get(cell.shape) if cell.op == "linear_cross_entropy with backward" else None}
     if cell.op in ATTENTION_LEAST:
         least = {name: ATTENTION_LEAST[cell.op] for name in problem.peers if name != "auto"}
     chosen = [Target("triton", against, ratio if binds else None) for against, ratio in least.items()]
@@ -148,7 +154,8 @@ def targets(cell: Cell, problem: Problem) -> tuple[Target, ...]:
         chosen += [Target("auto", name, 0.98 if judged else None) for name in problem.peers if name != "auto"]
     else:  # not slower than anybody, at every size
         others = (*problem.peers, *(["compiled"] if problem.plain else []))
-        chosen += [Target("triton", name, 1.0 if cell.mode != "eager" else None) for name in others]
+        judged = cell.mode != "eager" and "epilogue" not in cell.op  # which nobody gets who does not ask for it
+        chosen += [Target("triton", name, 1.0 if judged else None) for name in others]
     return tuple(chosen)
 
 
@@ -223,7 +230,7 @@ def correct(cell: Cell, device: str = "cuda") -> dict[str, Any]:
     """Errors against fp64, ours and plain torch's, for each dtype and output; and whether two runs have the same bits."""
     problem = PROBLEMS[cell.op](SHAPES[cell.shape], cell.tokens)
     originals, rows, same = problem.inputs(device), [], True
-    for dtype in DTYPES:
+    for dtype in problem.dtypes:
         inputs = clones(originals, dtype, only=BF16)
         truth = outputs_of(problem, clones(inputs, torch.float64), "reference")
         plain = outputs_of(problem, clones(inputs), "reference")

@@ -33,6 +33,7 @@ OPS = torch.ops.hyperllama
 SEQ_LEN, MODELS, EPS = 2048, 5, 1e-5
 LOGITS_ROWS = 8192  # that the head makes at a time on a GPU at V = 128256, of 16384 tokens and more
 BF16 = torch.bfloat16
+DTYPES = (BF16, torch.float16, torch.float32)
 Inputs = Sequence[Any]
 
 
@@ -76,6 +77,7 @@ class Problem:
     call: Callable[..., Any]
     share: float | None = None  # of the copy's speed; None: told only
     deterministic: bool = True
+    dtypes: Sequence[torch.dtype] = DTYPES  # in which it has to be right
     in_place: bool = False
     restore: bool = False  # in place, and what it leaves is unlike its input: put back before every call, untimed
     reference: Callable[..., Any] | None = None  # plain torch's call, where `call` names its backend itself
@@ -177,10 +179,11 @@ def glu_backward(shape: Shape, tokens: int) -> Problem:
     )  # fmt: skip
 
 
-def head(shape: Shape, tokens: int) -> Problem:
+def head(shape: Shape, tokens: int, softmax: str = "pass") -> Problem:
     """Loss and gradients of the head: three products, and logits read and written once by the pass between them.
 
-    dW is added to what main_grad holds, as in a run, so it grows from call to call; the check sees the first.
+    With softmax in the first product's epilogue: against what runs take, which has the pass. dW is added to what main_grad
+    holds, as in a run, so it grows from call to call; the check sees the first.
     Liger's reads values on the host, which a CUDA graph can't capture: expect times of it in eager mode alone.
     """
     h, v = shape.hidden_size, shape.vocab_size
@@ -199,9 +202,10 @@ def head(shape: Shape, tokens: int) -> Problem:
         loss = loss[0] if isinstance(loss, tuple) else loss
         return (loss.detach(), *torch.autograd.grad(loss, (x, weight)))
 
-    def call(x: Tensor, weight: Tensor, targets: Tensor, main_grad: Tensor) -> Any:
+    def ours(softmax: str, x: Tensor, weight: Tensor, targets: Tensor, main_grad: Tensor) -> Any:
         x = x.detach().requires_grad_()
-        loss = head_op.linear_cross_entropy(x, weight, targets, loss_weight=1 / tokens, main_grad=main_grad)
+        options: Any = {"loss_weight": 1 / tokens, "main_grad": main_grad, "softmax": softmax}
+        loss = head_op.linear_cross_entropy(x, weight, targets, **options)
         return loss.detach(), *torch.autograd.grad(loss, (x,)), main_grad
 
     def plain(x: Tensor, weight: Tensor, targets: Tensor, main_grad: Tensor) -> Any:
@@ -209,13 +213,29 @@ def head(shape: Shape, tokens: int) -> Problem:
         loss = functional.cross_entropy(functional.linear(x, weight).float(), targets)
         return (loss.detach(), *torch.autograd.grad(loss, (x, weight)))
 
+    traffic, flops, passing = 4 * tokens * v, 6 * tokens * v * h, partial(ours, "pass")
+
+    def inputs(device: str) -> Inputs:
+        targets = torch.randint(v, (tokens,), device=device)
+        return random(device, tokens, h), random(device, v, h) * h**-0.5, targets, torch.zeros(v, h, device=device)
+
+    if softmax == "epilogue":
+        return Problem(
+            traffic, flops, inputs, partial(ours, "epilogue"), dtypes=head_op.DTYPES, in_place=True, reference=passing,
+            peers={"pass": passing},
+        )  # fmt: skip
+    peers = {"liger": liger, "cut_cross_entropy": cce}
+    return Problem(traffic, flops, inputs, passing, in_place=True, plain=plain, peers=peers)
+
+
+def token_losses(shape: Shape, tokens: int) -> Problem:
+    """Losses alone, softmax in the epilogue, which keeps no logits; against what evaluations take."""
+    h, v = shape.hidden_size, shape.vocab_size
     return Problem(
-        4 * tokens * v, 6 * tokens * v * h,
-        lambda device: (
-            random(device, tokens, h), random(device, v, h) * h**-0.5, torch.randint(v, (tokens,), device=device),
-            torch.zeros(v, h, device=device),
-        ),
-        call, in_place=True, plain=plain, peers={"liger": liger, "cut_cross_entropy": cce},
+        2 * (tokens + v) * h + 12 * tokens, 2 * tokens * v * h,
+        lambda device: (random(device, tokens, h), random(device, v, h) * h**-0.5, torch.randint(v, (tokens,), device=device)),
+        partial(head_op.token_losses, softmax="epilogue"), dtypes=head_op.DTYPES, reference=head_op.token_losses,
+        peers={"pass": head_op.token_losses},
     )  # fmt: skip
 
 
@@ -446,6 +466,8 @@ PROBLEMS: dict[str, Callable[[Shape, int], Problem]] = {
     "attention with backward": partial(attend, part="both"),
     "linear_cross_entropy with backward": head,
     "softmax_gradient": softmax_gradient,
+    "linear_cross_entropy epilogue with backward": partial(head, softmax="epilogue"),
+    "token_losses epilogue": token_losses,
     "embedding backward": partial(embedding_backward, deterministic=True),
     "embedding backward atomic": partial(embedding_backward, deterministic=False),
     "adamw": adamw,

@@ -308,7 +308,10 @@ def _prepare(case: Case, graph: bool) -> tuple[dict[str, Thunk], dict[str, str]]
             reasons[name] = _reason(error)
             del thunks[name]
     for name, roof in case.roofs.items():
-        thunks[name] = graphed(roof.setup()) if graph else roof.setup()
+        try:
+            thunks[name] = graphed(roof.setup()) if graph else roof.setup()
+        except Exception as error:  # no room for it beside the providers, say: their times are still worth having
+            reasons[name] = _reason(error)
     return thunks, reasons
 
 

@@ -11,6 +11,7 @@ from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.attention import attention
 from hyperllama.kernels.embedding import embedding_backward_
 from hyperllama.kernels.grad_norm import grad_norm
+from hyperllama.kernels.linear_cross_entropy import linear_cross_entropy
 from hyperllama.model import Llama
 
 from .fake_gpu import backward
@@ -87,19 +88,32 @@ def own_attention(shape: Shape, dtype: torch.dtype) -> None:
     backward(attention(qkv, shape.num_heads, shape.num_kv_heads, backend="triton").sum())
 
 
+def softmax_in_epilogue(shape: Shape, dtype: torch.dtype, gradient: bool) -> None:
+    """The head for those who ask for softmax in its first product's epilogue."""
+    x, weight = (
+        torch.zeros(rows, shape.hidden_size, dtype=dtype, device="cuda") for rows in (8 * SEQ_LEN, shape.vocab_size)
+    )
+    targets = torch.zeros(len(x), dtype=torch.int64, device="cuda")
+    main_grad = torch.zeros(weight.shape, device="cuda")
+    linear_cross_entropy(x.requires_grad_(gradient), weight, targets, main_grad=main_grad, softmax="epilogue")
+
+
 def everything() -> None:
     """Every op at every shape and dtype it is used at; kernels that this misses are named by the gate."""
     for shape in SHAPES.values():
         gradients(shape, torch.bfloat16, 8)
         own_attention(shape, torch.bfloat16)
+        softmax_in_epilogue(shape, torch.bfloat16, True)
     small = replace(SHAPES["180M"], vocab_size=1024)
     for dtype in (torch.bfloat16, torch.float32):
         training_step(small, dtype, 8)
     update(Arena(ModelConfig(**small.settings(1)), torch.bfloat16, "cuda", training=True, masters=False))
     own_attention(small, torch.float32)
+    softmax_in_epilogue(small, torch.float32, True)
     gradients(small, torch.bfloat16, 8, documents=True, z_loss=1e-4)
     gradients(small, torch.bfloat16, 8, z_loss=1e-4)
     evaluation(SHAPES["180M"], torch.bfloat16)
+    softmax_in_epilogue(SHAPES["180M"], torch.bfloat16, False)
     for name in ("180M", "8B"):
         grow_and_merge(SHAPES[name], torch.bfloat16)
     grow_and_merge(SHAPES["572M"], torch.float32)

@@ -6,7 +6,8 @@
 
 x: (N, D), W: (V, D), targets: (N,) int64. Products are in the dtype of x, softmax in fp32 (fp64 for fp64). Rows are worked
 on in chunks; when gradients are wanted they are made in the same pass, dz in place of z, dW accumulated in fp32. The GEMMs are
-those of linear.py; between them one pass over the logits: Triton on a GPU, C++ on a CPU.
+those of linear.py; between them one pass over the logits: Triton on a GPU, C++ on a CPU. With softmax="epilogue" there is no pass:
+the first GEMM is a Triton kernel that makes what the other two need (linear_cross_entropy_epilogue.py).
 """
 
 from ctypes import byref, c_float, c_int, c_int64
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperllama.errors import WrongIndex
+from hyperllama.errors import HyperLlamaError, WrongIndex
 from hyperllama.kernels.backend import (
     LIBRARY,
     choose,
@@ -33,6 +34,10 @@ from hyperllama.kernels.backend import (
     wrong_index_flag,
 )
 from hyperllama.kernels.linear import accumulate_product, input_gradient, product
+from hyperllama.kernels.linear_cross_entropy_epilogue import DTYPES, exponentials
+
+# Where softmax is made: in a pass of its own between the products, or in the first one's epilogue, which no GPU has yet timed
+SOFTMAX = ("pass", "epilogue")
 
 # of fp32 logits at a time, half that in bf16. CPU: what stays in the last cache from their product to the next two, and is little
 # beside the activations. GPU: 2 GiB of bf16 is 8320 rows at V = 128256; there dW's traffic is 3 % of the GEMMs' time
@@ -231,26 +236,39 @@ def _softmax_gradient(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Te
     return choose(implementations, logits)(logits, *options)
 
 
+def _no_epilogue(x: Tensor, *_: Any) -> Any:
+    raise HyperLlamaError(
+        f"linear_cross_entropy: softmax='epilogue' is a Triton kernel for bf16 and fp32 on a GPU; x is {x.dtype} on {x.device}"
+    )
+
+
 def _forward_backward(
     x: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor | None, loss_weight: float, scale: float,
-    valid_vocab: int | None, ignore_index: int, z_loss: float, chunk_bytes: int | None,
+    valid_vocab: int | None, ignore_index: int, z_loss: float, chunk_bytes: int | None, softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(losses, correct, dx); dW is added to `dweight` (V, D) fp32 in place. Without it there are no gradients: dx is empty."""
     losses = torch.empty(targets.shape, dtype=wide(x.dtype), device=x.device)
     correct = torch.empty(targets.shape, dtype=torch.bool, device=x.device)
     dx = torch.empty(x.shape if dweight is not None else (0,), dtype=x.dtype, device=x.device)
+    options = (loss_weight, scale, valid_vocab, ignore_index, z_loss, dweight is not None)
+    in_epilogue = choose({"reference": _no_epilogue} | ({"triton": exponentials} if x.dtype in DTYPES else {}), x)
     for part in chunks(x, weight, chunk_bytes):
-        rows = x.narrow(0, *part)
-        logits = product(rows, weight)
-        some = _softmax_gradient(
-            logits, targets.narrow(0, *part), loss_weight, scale, valid_vocab, ignore_index, z_loss, dweight is not None
-        )
+        rows, some_targets = x.narrow(0, *part), targets.narrow(0, *part)
+        if softmax == "epilogue":
+            *some, dz, factors = in_epilogue(rows, weight, some_targets, *options)
+        else:
+            *some, dz = _softmax_gradient(product(rows, weight), some_targets, *options)
+            factors = None
         losses.narrow(0, *part).copy_(some[0])
         correct.narrow(0, *part).copy_(some[1])
         if dweight is not None:
-            dx.narrow(0, *part).copy_(input_gradient(some[2], weight))
-            accumulate_product(dweight, some[2], rows)
-        del logits, some  # before the next chunk's: never two chunks of logits at a time
+            drows = input_gradient(dz, weight)
+            if factors is not None:  # of rows of dz; x and dx are narrower
+                drows.mul_(factors[:, None])
+                rows = torch.mul(rows, factors[:, None], out=torch.empty_like(rows))
+            dx.narrow(0, *part).copy_(drows)
+            accumulate_product(dweight, dz, rows)
+        del dz  # before the next chunk's: never two chunks of logits at a time
     return losses, correct, dx
 
 
@@ -276,7 +294,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradients(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
     dx, dweight = ctx.saved_tensors
-    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(ctx.dtype), *(None,) * 7
+    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(ctx.dtype), *(None,) * 8
 
 
 def _fake(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -290,7 +308,9 @@ def _fake_functional(x: Tensor, weight: Tensor, targets: Tensor, *_: Any) -> tup
     return loss, dx, weight.new_empty(weight.shape, dtype=wide(weight.dtype)), losses, correct
 
 
-_OPTIONS = "float loss_weight, float scale, int? valid_vocab, int ignore_index, float z_loss, int? chunk_bytes"
+_OPTIONS = (
+    "float loss_weight, float scale, int? valid_vocab, int ignore_index, float z_loss, int? chunk_bytes, str softmax"
+)
 _linear_cross_entropy = define(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, {_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -322,26 +342,27 @@ class _Accumulating(torch.autograd.Function):
         if ctx.dx is None:
             raise RuntimeError("linear_cross_entropy: a second backward would miss the gradient already accumulated")
         dx, ctx.dx = ctx.dx, None
-        return dx, *(None,) * 9
+        return dx, *(None,) * 10
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, loss_weight: float = 1.0, logit_scale: float = 1.0,
     valid_vocab: int | None = None, ignore_index: int = -100, z_loss: float = 0.0, main_grad: Tensor | None = None,
-    chunk_bytes: int | None = None, losses: Tensor | None = None, correct: Tensor | None = None,
+    chunk_bytes: int | None = None, losses: Tensor | None = None, correct: Tensor | None = None, softmax: str = "pass",
 ) -> Tensor:  # fmt: skip
     """`loss_weight` times the summed cross-entropy, in nats, of targets (N,) under the head weight (V, D) at x (N, D).
 
     Columns from `valid_vocab` on only pad the vocabulary. `chunk_bytes` of fp32 logits (default: as the
     device likes it) are held at a time. `losses` (N,) fp32 (fp64) receives the loss of every target, 0 where it is ignored, and
-    `correct` (N,) bool whether no logit is larger than the target's; neither has a gradient.
+    `correct` (N,) bool whether no logit is larger than the target's; neither has a gradient. `softmax` is made in a "pass" over the
+    logits or in the "epilogue" of their product: bf16 and fp32 on a GPU, not yet measured on one, no logits without gradients.
     Returns a scalar in fp32 (fp64). With `main_grad` (V, D) fp32 the weight's gradient is added to it in the forward; then
     `loss_weight` must hold the whole scale, as the upstream gradient is taken to be 1, and a second backward raises.
-    Raises ValueError when shapes, dtypes or devices do not fit. A target outside the vocabulary raises WrongIndex: at once on a
-    CPU, from `check_indices` on a GPU, where it is left out.
+    Raises ValueError when shapes, dtypes or devices do not fit, HyperLlamaError where there is no epilogue. A target outside the
+    vocabulary raises WrongIndex: at once on a CPU, from `check_indices` on a GPU, where it is left out.
     """
-    _check(x, weight, targets, valid_vocab, main_grad, losses, correct)
-    options = (loss_weight, logit_scale, valid_vocab, ignore_index, z_loss, chunk_bytes)
+    _check(x, weight, targets, valid_vocab, softmax, main_grad, losses, correct)
+    options = (loss_weight, logit_scale, valid_vocab, ignore_index, z_loss, chunk_bytes, softmax)
     if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         each, hits, _ = _forward_backward(x, weight, targets, None, *options)
         loss = each.sum() * loss_weight
@@ -358,17 +379,17 @@ def linear_cross_entropy(
 @torch.no_grad()
 def token_losses(
     x: Tensor, weight: Tensor, targets: Tensor, *, logit_scale: float = 1.0, valid_vocab: int | None = None,
-    ignore_index: int = -100, z_loss: float = 0.0, chunk_bytes: int | None = None,
+    ignore_index: int = -100, z_loss: float = 0.0, chunk_bytes: int | None = None, softmax: str = "pass",
 ) -> Tensor:  # fmt: skip
     """The loss of every target (N,), fp32 (fp64) in nats; 0 where it is ignored. No gradients."""
-    _check(x, weight, targets, valid_vocab)
+    _check(x, weight, targets, valid_vocab, softmax)
     return _forward_backward(
-        x, weight, targets, None, 1.0, logit_scale, valid_vocab, ignore_index, z_loss, chunk_bytes
+        x, weight, targets, None, 1.0, logit_scale, valid_vocab, ignore_index, z_loss, chunk_bytes, softmax
     )[0]
 
 
 def _check(
-    x: Tensor, weight: Tensor, targets: Tensor, valid_vocab: int | None, main_grad: Tensor | None = None,
+    x: Tensor, weight: Tensor, targets: Tensor, valid_vocab: int | None, softmax: str, main_grad: Tensor | None = None,
     losses: Tensor | None = None, correct: Tensor | None = None,
 ) -> None:  # fmt: skip
     floating("linear_cross_entropy", x=x, weight=weight)
@@ -384,6 +405,8 @@ def _check(
         )
     if valid_vocab is not None and not 1 <= valid_vocab <= weight.shape[0]:
         raise ValueError(f"linear_cross_entropy: valid_vocab is {valid_vocab}, expected 1 to {weight.shape[0]}")
+    if softmax not in SOFTMAX:
+        raise ValueError(f"linear_cross_entropy: softmax is {softmax!r}, expected one of {', '.join(SOFTMAX)}")
     wanted = {"main_grad": (main_grad, weight.shape, wide(x.dtype)), "losses": (losses, targets.shape, wide(x.dtype))}
     for name, (buffer, shape, dtype) in (wanted | {"correct": (correct, targets.shape, torch.bool)}).items():
         if buffer is not None and (buffer.shape != shape or buffer.dtype != dtype):

@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import torch
 
-from bench import gpu, gpu_ops, harness
+from bench import gpu, gpu_ops, harness, resources
+from bench.fake_gpu import fake_gpu
 from bench.shapes import SHAPES
 from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels.backend import use
+from hyperllama.kernels.backend import GPUS, use
 
 ABOUT = {"device": "a GPU", "torch": "2", "triton": "3", "git": "abc"}
 TINY = replace(
@@ -70,6 +71,7 @@ def test_targets_bind_at_the_papers_shapes_and_are_told_elsewhere():
         assert asked(op, "8B")["triton", "copy"] is None
     head = "linear_cross_entropy with backward"
     assert asked(head)["triton", "products"] == 1 / 1.15 and asked(head, "572M")["triton", "products"] == 1 / 1.10
+    assert set(asked("linear_cross_entropy epilogue with backward").values()) == {None}
     assert asked("attention")["triton", "flash_attn_3"] == 0.80
     assert asked("attention backward")["triton", "sdpa_cudnn"] == 0.75
     both = asked("attention with backward")
@@ -148,11 +150,27 @@ def test_correctness_is_asked_of_every_dtype(op, monkeypatch):
     monkeypatch.setattr(gpu, "outputs_of", partial(_as_reference, gpu.outputs_of))
     found = gpu.correct(gpu.Cell(op, "180M", 64, "correct"), "cpu")
     assert found["right"] and found["same_bits"]
-    assert {row["dtype"] for row in found["outputs"]} == {"bfloat16", "float16", "float32"}
+    fp16 = set() if "epilogue" in op else {"float16"}
+    assert {row["dtype"] for row in found["outputs"]} == {"bfloat16", "float32"} | fp16
 
 
 def _as_reference(original, problem, inputs, backend):
     return original(problem, inputs, "reference")
+
+
+def test_copies_are_kernels_that_compile_and_no_larger_than_they_need_be():
+    """The bytes of a head of 65536 tokens, in parts of which three fit a GPU at once."""
+    traffic = 4 * 65536 * 128256
+    with fake_gpu(GPUS["sm_90"]) as trace:
+        for roof in (roofs := gpu.copy_roofs(traffic, "cold")).values():
+            roof.setup()()
+    [launch] = trace.launches
+    source, target, n = launch.arguments
+    assert source.bytes == target.bytes == 4 * n <= gpu.LARGEST_COPY / 2
+    assert all(roof.scale * 8 * n == pytest.approx(traffic) for roof in roofs.values())
+    found = resources.compiled(resources.specialized(launch, "sm_90"))
+    assert not isinstance(found, str), found
+    assert (found.wide, found.accesses, found.spilled) == (8, 8, 0)
 
 
 def test_it_imports_nothing_that_a_bare_gpu_machine_lacks():

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_providers_take_turns_and_every_one_goes_first_equally_often() -> None:
     rounds = ["".join(timed[i : i + 3]) for i in range(len(first_round), len(timed), 3)]
     assert rounds == ["bca", "cab", "abc", "bca", "cab"]
     assert [rotated(list("abc"), turn)[0] for turn in range(6)] == list("abcabc")
+
+
+def test_a_roof_that_does_not_run_costs_no_times() -> None:
+    world = World()
+    case = replace(
+        world.case(a=world.provider("a", [1.0])), roofs={"copy": Roof(refuse)}, targets=(Target("a", "copy", 0.9),)
+    )
+    result = run(case, rounds=6, warmup=0, clock=world.clock)
+    assert len(result["providers"]["a"]["samples"]) == 6
+    assert "ImportError" in result["providers"]["copy"]["reason"] and result["targets"][0]["met"] is None
 
 
 def test_ratio_is_the_median_of_paired_ratios_so_that_drift_cancels() -> None:

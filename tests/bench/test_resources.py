@@ -7,6 +7,8 @@ import torch
 
 from bench import resources
 from bench.fake_gpu import fake_gpu
+from bench.shapes import SHAPES
+from bench.workloads import softmax_in_epilogue
 from hyperllama.kernels import rms_norm
 from hyperllama.kernels.backend import GPUS, constexpr, jit, tl
 
@@ -63,6 +65,21 @@ def test_offsets_of_rows_are_of_64_bits():
     ttir = resources.assembled(build).asm["ttir"]
     offsets = re.findall(r"tt\.addptr .*tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+x(i\d+)>", ttir)
     assert offsets and set(offsets) == {"i64"}
+
+
+def test_offsets_of_a_heads_tiles_are_of_64_bits():
+    """Tokens times vocabulary pass 2^31 in every chunk; only places within a tile may be of 32 bits."""
+    with fake_gpu(GPUS["sm_90"]) as trace:
+        softmax_in_epilogue(SHAPES["180M"], torch.bfloat16, True)
+    launches = {launch.kernel.__name__: launch for launch in trace.launches}
+    assert set(launches) == {"_guess_kernel", "_product_kernel", "_finish_kernel", "_rescale_kernel"}
+    for launch in launches.values():
+        code = resources.assembled(resources.specialized(launch, "sm_90")).asm["ttir"]
+        whole = re.findall(r"(%\w+) = tt\.splat %\w+_ptr : !tt\.ptr<\w+> -> tensor<\d+x\d+x", code)  # blocks' bases
+        blocks = re.findall(r"tt\.addptr (%\w+), %\w+ : tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+x(i\d+)>", code)
+        places = [width for base, width in blocks if base in whole]
+        places += re.findall(r"tt\.addptr %(?:x|weight|u)_ptr, %\w+ : !tt\.ptr<bf16>, (i\d+)", code)
+        assert places and set(places) == {"i64"}, launch.name
 
 
 @jit

@@ -142,7 +142,7 @@ def test_losses_and_hits_of_every_token_in_named_buffers(training):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_and_compile(dtype):
     x, weight, targets = problem(9, 8, 16, dtype)
-    ops, options = torch.ops.hyperllama, (0.5, 1.0, 15, -100, 1e-3, 1)
+    ops, options = torch.ops.hyperllama, (0.5, 1.0, 15, -100, 1e-3, 1, "pass")
     opcheck(ops.linear_cross_entropy.default, (x, weight, targets.clamp(max=14), *options))
     opcheck(ops.linear_cross_entropy_.default, (x.detach(), weight.detach(), targets, torch.zeros(16, 8), *options))
     check_compiled(lambda x, w: [linear_cross_entropy(x, w, targets)], [x.detach(), weight.detach()])
