@@ -71,6 +71,7 @@ def test_the_backward_uses_the_forwards_backend(monkeypatch):
 
 
 def test_a_missing_library_is_said_once_and_named_when_asked_for(monkeypatch, caplog):
+    monkeypatch.delenv("HYPERLLAMA_CSRC", raising=False)  # `make sanitize` names a folder
     monkeypatch.setattr(native, "_library_folders", lambda: [])
     backend.library.cache_clear()
     try:
