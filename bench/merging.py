@@ -23,7 +23,7 @@ from hyperllama.config import RunConfig, validated
 from hyperllama.data.build import build_shards
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.experiment.recipe import ExperimentConfig, budgets, grid, load_experiment
-from hyperllama.experiment.run import Study, _cost, _lines, _part
+from hyperllama.experiment.run import Study, _lines, part_file, window_cost
 from hyperllama.files import read_json, write_json
 from hyperllama.merge import parse_recipe, plan
 from hyperllama.merge.executor import run as run_merge
@@ -48,7 +48,7 @@ def cut(config: ExperimentConfig, out: Path) -> dict[str, list[str]]:
     for language in config.languages:
         lines: dict[str, list[str]] = {part: [] for part in PARTS}
         seen = 0
-        for line in _lines(_part(Path(config.corpus), language, "dev")):
+        for line in _lines(part_file(Path(config.corpus), language, "dev")):
             part = next((part for part, end in PARTS.items() if seen < end), None)
             if part is None:
                 break
@@ -148,7 +148,7 @@ def run_seed(recipe: str, overrides: list[str], seed: int, first: Path | None) -
     model = c.model.resolve(c.vocab, c.seq_len)
     spend = budgets(c, model)
     for arm in grid(c, spend):
-        study.run_arm(arm, _cost(c, model, arm), arm.id)
+        study.run_arm(arm, window_cost(c, model, arm), arm.id)
     families = {}
     for family in c.adapted:
         file = out / f"merging-{family}.json"
