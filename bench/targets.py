@@ -24,7 +24,7 @@ class Goal:
     """`provider` is at least `least` times as fast as `against` (or below the limit that is so called) in every case whose title
     the regex finds."""
 
-    area: str  # Triton, C++, trainer, folders
+    area: str  # Triton, C++, trainer, folders, data
     needs: str  # CPU, GPU
     case: str
     provider: str
@@ -125,7 +125,9 @@ def _folders() -> Iterator[Goal]:
         yield Goal("folders", CPU, "^start", command, "0.5 s", 1.0)
 
 
-GOALS: tuple[Goal, ...] = (*_triton(), *_cpp(), *_trainer(), *_folders())
+GOALS: tuple[Goal, ...] = (
+    *_triton(), *_cpp(), *_trainer(), *_folders(), Goal("data", CPU, "^tokenize ", "ours", "datatrove", 1.0),
+)  # fmt: skip
 
 
 def read(folder: Path) -> Iterator[Measured]:
