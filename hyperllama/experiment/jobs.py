@@ -11,12 +11,13 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hyperllama.errors import Stopped
+from hyperllama.errors import HyperLlamaError, Stopped
 from hyperllama.experiment.recipe import ExperimentConfig
 
 
@@ -38,7 +39,8 @@ def carry_out(
     """Do the steps, each after what it needs, `jobs` at a time; name -> what it returned.
 
     `data`, `reuse`: the Study's; `tell`: called with each name that is done.
-    Raises the first error; the steps that are under way are then stopped as by a signal and go on next time.
+    Raises the first error, HyperLlamaError when a process was killed; the steps that are under way are then stopped as by a
+    signal and go on next time.
     """
     if jobs == 1:
         return {step.name: _do(step, data, reuse, quiet=False) for step in steps}
@@ -57,6 +59,8 @@ def carry_out(
                     name = running.pop(future)
                     done[name] = future.result()
                     tell(name)
+        except BrokenProcessPool:
+            raise HyperLlamaError(f"one of {jobs} jobs was killed, perhaps for memory: take fewer") from None
         except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()

@@ -26,6 +26,13 @@ AWARE: dict[str, dict[str, Any]] = {
     "regmean": {"regmean": True},
 }
 NAMES = (*METHODS, *AWARE)
+TITLES = {
+    "adam_v": "Adam's v",
+    "token_counts_adam_v": "token counts and Adam's v",
+    "adam_v_learnt_by_tensor": "Adam's v, learnt by tensor",
+    "adam_v_learnt_by_row": "Adam's v, learnt by row",
+    "regmean": "RegMean",
+}
 
 
 def reads_text(name: str) -> bool:

@@ -12,13 +12,10 @@
 Everything is a pure function of the recipe; what exists is kept, so an interrupted study goes on where it stopped.
 """
 
-import gzip
 import itertools
 import json
 import shutil
 import time
-import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from hyperllama.experiment.jobs import Step, carry_out
 from hyperllama.experiment.merges import merge_values, reads_text
 from hyperllama.experiment.recipe import Arm, Budgets, ExperimentConfig, budgets, grid
 from hyperllama.experiment.report import write_report
+from hyperllama.experiment.text import head, part_file, spread
 from hyperllama.files import atomic_folder, read_json, write_json, write_text
 from hyperllama.flops import window_flops
 from hyperllama.grow.folder import grow_folder
@@ -112,6 +110,7 @@ class Study:
         self.config, self.out, self.console, self.quiet = config, Path(config.out), console(), quiet
         self.data, self.reuse = data or self.out, reuse
         self.tokenizer_file = self.data / "tokenizer.model"
+        self.source = Path(config.corpus) if config.corpus else self.data / "corpus"
 
     def folder(self, arm: str) -> Path:
         """Where the model `arm` lies."""
@@ -126,7 +125,7 @@ class Study:
 
     def prepare(self) -> None:
         """Text, tokenizer, shards, development parts."""
-        c, source = self.config, Path(self.config.corpus) if self.config.corpus else self.data / "corpus"
+        c, source = self.config, self.source
         if c.sample and not source.is_dir():
             self.say(
                 f"writing {c.sample.bytes_per_language:,} bytes of sample text in each of {len(c.languages)} languages"
@@ -163,9 +162,22 @@ class Study:
                             )
                     for _ in iter_documents(texts):  # a bad line is found now, not after hours of training
                         pass
-                    _spread(source / "minimal_pairs" / f"{language}.jsonl", pairs, c.dev_pairs)
+                    spread(source / "minimal_pairs" / f"{language}.jsonl", pairs, c.dev_pairs)
                     if pairs.is_file():
                         read_pairs(pairs)
+
+    def further(self, language: str, out: Path, limit: int, reader: str) -> None:
+        """Write development text behind what is measured or learnt on, up to `limit` bytes.
+
+        Raises HyperLlamaError naming the `reader` when there is none.
+        """
+        read = [self.data / "dev" / f"{language}{kind}.jsonl" for kind in ("", ".learn")]
+        count = sum(file.read_bytes().count(b"\n") for file in read if file.is_file())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not head(part_file(self.source, language, "dev"), out, limit, count):
+            raise HyperLlamaError(
+                f"dev_bytes ({self.config.dev_bytes}) leaves no development text of {language} for {reader}: lower it"
+            )
 
     def run_config(self, arm: Arm, cost: int) -> RunConfig:
         """The training run of an arm, as `hyperllama train` would read it."""
@@ -470,44 +482,6 @@ def _print_ledgers(study: Study, results: dict[str, Any]) -> None:
         for row in results["models"]:
             if row["id"] in group["ids"]:
                 study.say(f"  {row['id']:<32} {row['inherited']:>22,} inherited + {row['spent']:>20,} spent")
-
-
-def part_file(source: Path, language: str, part: str) -> Path:
-    """text/<language>/<part>.jsonl, plain or gzipped."""
-    for suffix in (".jsonl", ".jsonl.gz"):
-        file = source / "text" / language / f"{part}{suffix}"
-        if file.is_file():
-            return file
-    raise HyperLlamaError(f"{source / 'text' / language} has no {part}.jsonl or {part}.jsonl.gz")
-
-
-def _lines(file: Path) -> Iterable[str]:
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            yield from lines
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise HyperLlamaError(f"{file} cannot be read: {error}") from None
-
-
-def head(source: Path, out: Path, limit: int, after: int = 0) -> int:
-    """Write the documents of a JSONL file after `after` of them, up to `limit` bytes of lines but at least one; how many."""
-    count = 0
-    with out.open("w", encoding="utf-8") as file:
-        for line in itertools.islice(_lines(source), after, None):
-            if file.tell() and file.tell() + len(line.encode()) > limit:
-                break
-            file.write(line)
-            count += 1
-    return count
-
-
-def _spread(source: Path, out: Path, count: int) -> None:
-    """`count` lines of a JSONL file, evenly spaced: files are often sorted by phenomenon. No file, no pairs."""
-    if not source.is_file() or not count:
-        return
-    lines = list(_lines(source))
-    keep = min(count, len(lines))
-    out.write_text("".join(lines[i * len(lines) // keep] for i in range(keep)), encoding="utf-8")
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -3,7 +3,7 @@
     <results>/sweep.json            every trial of the sweep: group, rate, bits per byte, FLOPs; the rates chosen
     <results>/single-<seed>.json    the whole grid at the recipe's rate
     <results>/tuned-<seed>.json     the whole grid at the chosen rates
-    <article>                       what they say together, written anew after every seed
+    <article>                       what they say together, written anew after each of them
 
 A file that is there, and of these settings, is not made again: results can be committed, and a study goes on from them anywhere.
 Seeds differ in initial weights, order of data and growth noise; tokenizer, shards and development text are one for all.
@@ -24,7 +24,7 @@ from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.article import article
 from hyperllama.experiment.jobs import Step, carry_out
 from hyperllama.experiment.recipe import FAMILIES, SCRATCH, Arm, ExperimentConfig, budgets, grid
-from hyperllama.experiment.run import Study, head, part_file, run_experiment, window_cost
+from hyperllama.experiment.run import Study, run_experiment, window_cost
 from hyperllama.files import read_json, write_json, write_text
 
 VARIANTS = ("single", "tuned")
@@ -106,17 +106,22 @@ def run_seeds(config: SeedsConfig, jobs: int = 1) -> dict[str, Any]:
     if not _finished(config, results / "sweep.json"):
         write_json(results / "sweep.json", _sweep(config, data, jobs))
     chosen = read_json(results / "sweep.json")["chosen"]
-    for seed in config.seeds:
-        for variant in VARIANTS:
-            file = results / f"{variant}-{seed}.json"
-            if _finished(config, file):
-                continue
+    for variant, other, seed in _order(config.seeds):
+        file = results / f"{variant}-{seed}.json"
+        if not _finished(config, file):
             rates = chosen if variant == "tuned" else {}
-            reuse = None if variant == "single" else Path(config.out) / f"single-{seed}"
+            reuse = Path(config.out) / f"{other}-{seed}"
             found = run_experiment(config.one(f"{variant}-{seed}", seed, rates), data, reuse, jobs)
             write_json(file, _compact(config, found, variant, seed, rates))
-        _write_article(config)
+            _write_article(config)
     return _write_article(config)
+
+
+def _order(seeds: list[int]) -> list[tuple[str, str, int]]:
+    """(variant, the other one, seed): the first seed whole, then the others at the chosen rates, then at the single one."""
+    single, tuned = VARIANTS
+    last = [(tuned, single, seed) for seed in seeds[1:]] + [(single, tuned, seed) for seed in seeds[1:]]
+    return [(single, tuned, seeds[0]), (tuned, single, seeds[0]), *last]
 
 
 def _finished(config: SeedsConfig, file: Path) -> bool:
@@ -198,7 +203,9 @@ def _sweep(config: SeedsConfig, data: Path, jobs: int) -> dict[str, Any]:
     arms = grid(config, budgets(config, model))
     tried, needed = _trials(config, arms)
     group_of = {name: group for group, name in tried.items()}
-    texts = _texts(config, study)
+    texts = {tag: study.out / "dev" / f"{tag}.jsonl" for tag in (config.base_language, config.sweep.language)}
+    for language, file in texts.items():
+        study.further(language, file, config.sweep.dev_bytes, "the sweep")
     best: dict[str, str] = {}  # arm -> the trial that stands for it
     chosen: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
@@ -230,19 +237,3 @@ def _sweep(config: SeedsConfig, data: Path, jobs: int) -> dict[str, Any]:
         "flops": sum(row["flops"] for row in rows),
         "trials": rows,
     }
-
-
-def _texts(config: SeedsConfig, study: Study) -> dict[str, Path]:
-    """Development text of the two languages that the sweep measures on, behind what anything else reads."""
-    source = Path(config.corpus) if config.corpus else study.data / "corpus"
-    texts = {}
-    for language in (config.base_language, config.sweep.language):
-        texts[language] = study.out / "dev" / f"{language}.jsonl"
-        texts[language].parent.mkdir(parents=True, exist_ok=True)
-        read = [study.data / "dev" / f"{language}{kind}.jsonl" for kind in ("", ".learn")]
-        count = sum(file.read_bytes().count(b"\n") for file in read if file.is_file())
-        if not head(part_file(source, language, "dev"), texts[language], config.sweep.dev_bytes, count):
-            raise HyperLlamaError(
-                f"dev_bytes ({config.dev_bytes}) leaves no development text of {language} for the sweep: lower it"
-            )
-    return texts
