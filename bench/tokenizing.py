@@ -14,8 +14,10 @@ import resource
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -72,18 +74,23 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def text_bytes(text: Path) -> int:
+    """UTF-8 bytes of the documents' text."""
+    return sum(document.num_bytes for document in iter_documents(text))
+
+
 def tokenize_case(text: Path, tokenizer: Path, work: Path, peer: Path | None, what: str) -> Case:
     """The text by datatrove, where there is a Python that has it, and by us."""
     out = {who: work / f"out-{who}" for who in ("ours", "datatrove")}
     ours = [sys.executable, "-m", "hyperllama", "data", "build", str(text), "--tokenizer", str(tokenizer)]
     ours += ["--out", str(out["ours"]), "--processes", "1", "--quiet"]
-    providers = {"ours": partial(Process, ours, work, out["ours"])}
+    providers: dict[str, Callable[[], Any]] = {"ours": partial(Process, ours, work, out["ours"])}
     if peer is not None:
         theirs = [str(peer), "-c", PEER, str(text), str(tokenizer), str(out["datatrove"]), str(work / "out-logs"), EOS]
         providers = {"datatrove": partial(Process, theirs, work, out["datatrove"])} | providers
     return Case(
         "tokenize",
-        {"text": what, "bytes": sum(document.num_bytes for document in iter_documents(text))},
+        {"text": what, "bytes": text_bytes(text)},
         flops=0,
         bytes=0,
         providers=providers,
@@ -113,13 +120,14 @@ def main() -> int:
             for folder in work.glob("out-*"):
                 shutil.rmtree(folder)
 
+        size = text_bytes(text)
         case = tokenize_case(text, tokenizer, work, arguments.peer, what)
         clock = CpuClock(clear, children_seconds)
         result = run(case, rounds=arguments.rounds, warmup=1, cpu_time=True, min_sample=0, clock=clock)
     print(table([result]), judgement([result]), sep="\n\n")
     for name, found in result["providers"].items():
         if found["seconds"]:
-            print(f"{name}: {case.params['bytes'] / 1e6 / found['seconds']['median']:.1f} MB a CPU second")
+            print(f"{name}: {size / 1e6 / found['seconds']['median']:.1f} MB a CPU second")
     if arguments.out:
         write_results(arguments.out / device_slug(environment("cpu")["device"]) / "tokenizing.json", [result])
     return 1 if missed([result]) else 0

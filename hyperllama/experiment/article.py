@@ -8,6 +8,7 @@ from math import sqrt
 from statistics import mean
 from typing import Any
 
+from hyperllama.config import ModelSettings
 from hyperllama.experiment.findings import language_name, listed, signed, words
 from hyperllama.experiment.questions import (
     Answers,
@@ -22,6 +23,7 @@ from hyperllama.experiment.questions import (
     verdict,
 )
 from hyperllama.experiment.recipe import SCRATCH
+from hyperllama.flops import window_flops
 
 PAPERS = (
     180_078_912,
@@ -264,7 +266,13 @@ def _sweep(sweep: dict[str, Any], first: Arms) -> str:
 def _limits(seeds: dict[str, list[Arms]], first: Arms) -> str:
     fewest = min(len(arms) for arms in seeds.values())
     small = min(row["parameters"] for row in first.seed["models"])
-    tokens = first.seed["settings"]["english_tokens"]
+    settings = first.seed["settings"]
+    tokens, shape = (
+        settings["english_tokens"],
+        ModelSettings(**settings["model"]).resolve(settings["vocab"], settings["seq_len"]),
+    )
+    costs = [window_flops(config, settings["seq_len"]) for config in (shape, shape.grown(settings["factor"]))]
+    steps = [-(-first.seed["budgets"]["adapt"] // (cost * settings["global_batch"])) for cost in costs]
     few = "Intervals are not corrected for the number of comparisons."
     if fewest < 5:
         few = "With so few seeds an interval is wide, and one that excludes zero may do so by chance. " + few
@@ -272,6 +280,7 @@ def _limits(seeds: dict[str, list[Arms]], first: Arms) -> str:
 
 The paper's small model has {PAPERS[0] / small:,.0f} times as many parameters, and before adaptation it saw \
 {PAPERS[1] / tokens:,.0f} times as much text: \
-in a budget as small as this a wider model takes few steps, and where it loses, it may lose for that reason alone. \
+in a budget as small as this a wider model takes few steps (an adaptation is {steps[0]:,} at 1x, {steps[1]:,} of a grown model), \
+and where it loses, it may lose for that reason alone. \
 Seeds share tokenizer and text. {few} \
 Bits per byte of different languages are not the same amount of text."""

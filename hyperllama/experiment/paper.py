@@ -447,7 +447,7 @@ def data_recipes(c: PaperConfig) -> dict[str, DataRecipe]:
         recipe = load_data_recipe(Path(c.data.folder) / f"{row.recipe}.yaml")
         (source,) = recipe.sources
         parts = source.model_copy(update=row.model_dump(include={"skip", "fraction"}, exclude_none=True))
-        changes = {"out": f"{c.shards}/{name}", "tokenizer": c.tokenizer, "sources": [parts]}
+        changes: dict[str, Any] = {"out": f"{c.shards}/{name}", "tokenizer": c.tokenizer, "sources": [parts]}
         found[name] = recipe.model_copy(update=changes)
     if c.data.mixed is not None:
         stages = [stage for row in c.languages.values() if row.merged for stage in row.stages]

@@ -246,6 +246,8 @@ class Study:
             return False
         with atomic_folder(config.out, sync=False) as folder:
             shutil.copytree(other, folder, dirs_exist_ok=True)
+            # its own settings, or it would be another run's when the study goes on
+            write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return True
 
     def merge(self, method: str, family: str) -> str:
