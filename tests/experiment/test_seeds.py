@@ -92,12 +92,16 @@ def test_a_run_that_would_be_the_same_is_copied(done: Path, tmp_path: Path) -> N
     """With the one rate as the only one tried, the tuned grid is the single one: nothing is trained twice."""
     lr = SETTINGS["optimizer"]["lr"]
     sweep = {"rates": [lr], "language": "swe", "seed": 9, "dev_bytes": 1500}
-    run_seeds(load_seeds(recipe(tmp_path, seeds=[1], sweep=sweep, families=["1x"])))
+    config = load_seeds(recipe(tmp_path, seeds=[1], sweep=sweep, families=["1x"]))
+    run_seeds(config)
     single, tuned = (tmp_path / "out" / f"{variant}-1" / "runs" for variant in ("single", "tuned"))
     for run in single.iterdir():
         assert (tuned / run.name / "run.json").read_bytes() == (run / "run.json").read_bytes()  # its seconds too
     one, two = results(tmp_path, "single-1"), results(tmp_path, "tuned-1")
     assert one["models"] == two["models"]
+    (tmp_path / "results" / "tuned-1.json").unlink()
+    run_seeds(config)  # goes on over what was copied
+    assert results(tmp_path, "tuned-1")["models"] == two["models"]
 
 
 def test_the_articles_figures_are_the_results(done: Path) -> None:
