@@ -1,17 +1,15 @@
-"""Merge methods on one study's models, over several seeds: the paper's five, tuned, language-aware, against joint training.
+"""Merge methods on one study's models, over several seeds: the paper's, tuned, language-aware, against joint training.
 
     python -m bench.merging recipes/merging.yaml --seeds 42 43 44 --out bench/results/merging.json [KEY=VALUE ...]
 
-The development part of each language is cut by whole documents into text to choose by, text to learn on and text that is only
-measured: every figure is of the last. `spent` are the FLOPs of a merge itself (dense): choosing, learning; elementwise work is 0.
-`gap closed` is the share of the way from the best of the five, at the paper's settings, to joint training. Models and figures are
-kept under the recipe's `out`, a folder a seed, so that an interrupted comparison goes on.
+The study trains, merges and measures (hyperllama/experiment); added here is what no recipe asks for: the best of the paper's merges
+with a tuned scale, and a merge fine-tuned by what learning spends. No text is measured that anything was learnt on or chosen by.
+`spent` are the FLOPs of a merge itself (dense): choosing, learning; elementwise work is 0. `gap closed` is the share of the way
+from the best of the paper's to joint training. Models and figures are kept under the recipe's `out`, a folder a seed.
 """
 
 import argparse
 import datetime
-import json
-import shutil
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,142 +20,85 @@ import yaml
 from hyperllama.config import RunConfig, validated
 from hyperllama.data.build import build_shards
 from hyperllama.data.tokenizer import Tokenizer
-from hyperllama.experiment.recipe import ExperimentConfig, budgets, grid, load_experiment
-from hyperllama.experiment.run import Study, _cost, _lines, _part
+from hyperllama.evaluate import evaluate_folder
+from hyperllama.experiment.findings import words
+from hyperllama.experiment.merges import AWARE, PAPERS, merge_values
+from hyperllama.experiment.recipe import ExperimentConfig, load_experiment
+from hyperllama.experiment.run import Study, run_experiment
 from hyperllama.files import read_json, write_json
-from hyperllama.merge import parse_recipe, plan
+from hyperllama.merge import parse_recipe
 from hyperllama.merge.executor import run as run_merge
-from hyperllama.merge.learned import learn
-from hyperllama.merge.recipe import with_extensions
-from hyperllama.merge.regmean import regmean
-from hyperllama.merge.search import PAPERS, Candidate, Development, search
+from hyperllama.merge.search import search
 from hyperllama.train.loop import train
 
 from .environment import environment, without_paths
 from .harness import Result, outcome
 
-PARTS = {"choose": 8_000, "learn": 26_000, "test": 42_000}  # bytes of text up to which a part takes documents
-STEPS, WINDOWS = 24, 24  # of learning
-TUNING = 8  # evaluations of the tuned baseline
-FINE_TUNING = (1e-3,)  # learning rates of the control
+CHOOSE = 8_000  # bytes of a language's text that the tuned baseline chooses by
+TUNING = 8  # evaluations of it
+FINE_TUNING = 1e-3  # learning rate of the control
 
 
-def cut(config: ExperimentConfig, out: Path) -> dict[str, list[str]]:
-    """The parts of every language's development text as files: part -> one file a language."""
-    assert config.corpus is not None
-    files: dict[str, list[str]] = {part: [] for part in PARTS}
-    for language in config.languages:
-        lines: dict[str, list[str]] = {part: [] for part in PARTS}
-        seen = 0
-        for line in _lines(_part(Path(config.corpus), language, "dev")):
-            part = next((part for part, end in PARTS.items() if seen < end), None)
-            if part is None:
-                break
-            lines[part].append(line)
-            seen += len(json.loads(line)["text"].encode())
-        for part in PARTS:
-            file = out / "parts" / part / f"{language}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(lines[part]), encoding="utf-8")
-            files[part].append(str(file))
-    return files
+def tuned(study: Study, family: str) -> tuple[Path, int]:
+    """The best of the paper's methods and its best scale on text of its own: (folder, FLOPs of the search)."""
+    c, out = study.config, study.out / "merges" / f"tuned-{family}"
+    base, models = f"{c.base_language}-{family}", {tag: str(study.folder(f"{tag}-{family}")) for tag in c.targets}
+    value = merge_values("task_arithmetic", str(study.folder(base)), models, {}, density=c.density, steps=0, windows=0)
+    texts = []
+    for tag in c.languages:
+        texts.append(study.data / "choose" / f"{tag}.jsonl")
+        study.further(tag, texts[-1], CHOOSE, "the search")
+    found = search(parse_recipe(yaml.safe_dump(value), "the comparison"), texts, TUNING, shares=False)
+    if not out.is_dir():
+        run_merge(found.plan, out, found=found)
+    return out, found.flops
 
 
-def merges(learn_texts: list[str]) -> dict[str, Candidate]:
-    """What is compared, by name."""
-    counts, moments = ("token_counts", 1.0), ("adam_v", 1.0)
-
-    def learnt(by: str) -> tuple[tuple[str, Any], ...]:
-        return (("texts", tuple(learn_texts)), ("by", by), ("steps", STEPS), ("windows", WINDOWS))
-
-    arithmetic = "task_arithmetic"
-    return {method: Candidate(method) for method in PAPERS} | {
-        "token_counts": Candidate(arithmetic, importance=(counts,)),
-        "adam_v": Candidate(arithmetic, importance=(moments,)),
-        "token_counts + adam_v": Candidate(arithmetic, importance=(counts, moments)),
-        "learnt by row": Candidate(arithmetic, learn=learnt("row")),
-        "adam_v, learnt by tensor": Candidate(arithmetic, importance=(moments,), learn=learnt("tensor")),
-        "adam_v, learnt by row": Candidate(arithmetic, importance=(moments,), learn=learnt("row")),
-    }
-
-
-def compare(study: Study, family: str) -> dict[str, dict[str, Any]]:
-    """Bits per byte on the test part and FLOPs spent, by what was done, for one family of one seed."""
-    c, base = study.config, str(study.folder(f"{study.config.base_language}-{family}"))
-    parts = cut(c, study.out)
-    models = [{"model": str(study.folder(f"{tag}-{family}")), "parameters": {"weight": 1.0}} for tag in c.targets]
-    value = {"merge_method": "task_arithmetic", "base_model": base, "models": models, "parameters": {"normalize": True}}
-    given = parse_recipe(yaml.safe_dump(value), "the comparison")
-    test = Development(parts["test"], plan(given))
-    rows: dict[str, dict[str, Any]] = {}
-
-    def note(name: str, bits: dict[str, float], spent: int, **more: Any) -> None:
-        rows[name] = {"mean": mean(bits.values())} | dict(zip(c.languages, bits.values(), strict=True))
-        rows[name] |= {"spent": spent, **more}
-        print(f"{study.out.name} {family:10} {name:32} {rows[name]['mean']:.4f}", flush=True)
-
-    for name, model in {"before adaptation": base, "joint training": str(study.folder(f"joint-{family}"))}.items():
-        alone = {"merge_method": "linear", "models": [{"model": model, "parameters": {"weight": 1.0}}]}
-        note(name, test.measure(plan(parse_recipe(yaml.safe_dump(alone), name))), 0)
-    for name, candidate in merges(parts["learn"]).items():
-        planned = plan(candidate.recipe(given))
-        learned = learn(planned) if candidate.learn else None
-        note(name, test.measure(planned, learned), learned.flops if learned else 0)
-    texts = [next(file for file in parts["learn"] if Path(file).stem == tag) for tag in c.targets]
-    planned = plan(with_extensions(merges([])["linear"].recipe(given), regmean={"texts": texts}))
-    solved = regmean(planned)
-    note("regmean", test.measure(planned, solved), solved.flops)
-    found = search(given, parts["choose"], TUNING, shares=False)
-    note("best of the five, scale tuned", test.measure(found.plan), found.flops, chosen=found.rows[0]["merge"])
-
-    # the control: the same FLOPs on the same text, but all weights free, from the best merge by shares
-    start = study.out / "merges" / f"start-{family}"
-    if not start.is_dir():
-        run_merge(plan(merges([])["adam_v"].recipe(given)), start)
-    sources = []
-    for file in parts["learn"]:
-        shards = study.out / "parts" / "shards" / Path(file).stem
+def fine_tuned(study: Study, family: str) -> tuple[Path, int]:
+    """The control: the windows that learning takes, on the same text, but all weights free, from the best merge by shares."""
+    c, sources = study.config, []
+    for tag in c.languages:
+        shards = study.data / "shards-to-learn-on" / tag
         if not shards.is_dir():
-            build_shards([file], Tokenizer.load(study.tokenizer_file), shards, language=shards.name)
+            file = study.data / "dev" / f"{tag}.learn.jsonl"
+            build_shards([file], Tokenizer.load(study.tokenizer_file), shards, language=tag)
         sources.append({"path": str(shards), "weight": 1.0})
-    for rate in FINE_TUNING:
-        name = f"adam_v, fine-tuned at {rate:g}"
-        out = study.out / "runs" / f"fine-tuned-{rate:g}-{family}"
-        settings = {
-            "name": out.name, "out": str(out), "seed": c.seed, "tokenizer": str(study.tokenizer_file), "precision": "fp32",
-            "init_from": str(start), "data": {"sources": sources, "seq_len": c.seq_len}, "global_batch": WINDOWS,
-            "micro_batch": WINDOWS, "budget": {"steps": STEPS}, "optimizer": c.optimizer.model_dump() | {"lr": rate},
-            "schedule": {"kind": "paper", "warmup_steps": 2, "decay_fraction": 0.5},
-        }  # fmt: skip
-        record = train(validated(RunConfig, settings, name), quiet=True)
-        alone = {"merge_method": "linear", "models": [{"model": str(out / "model"), "parameters": {"weight": 1.0}}]}
-        note(name, test.measure(plan(parse_recipe(yaml.safe_dump(alone), name))), record["ledger"]["spent"])
-    return rows
+    out = study.out / "runs" / f"fine-tuned-{family}"
+    settings = {
+        "name": out.name, "out": str(out), "seed": c.seed, "tokenizer": str(study.tokenizer_file), "precision": "fp32",
+        "init_from": str(study.folder(f"merge-adam_v-{family}")), "data": {"sources": sources, "seq_len": c.seq_len},
+        "global_batch": c.learn.windows, "micro_batch": c.learn.windows, "budget": {"steps": c.learn.steps},
+        "optimizer": c.optimizer.model_dump() | {"lr": FINE_TUNING},
+        "schedule": {"kind": "paper", "warmup_steps": 2, "decay_fraction": 0.5},
+    }  # fmt: skip
+    record = train(validated(RunConfig, settings, out.name), quiet=True)
+    return out / "model", record["ledger"]["spent"]
 
 
-def run_seed(recipe: str, overrides: list[str], seed: int, first: Path | None) -> dict[str, Any]:
-    """Train what is not trained yet, compare what is not compared yet: family -> rows, and the FLOPs of all models of a merge."""
-    out = Path(load_experiment(recipe, overrides).out) / f"s{seed}"
-    study = Study(load_experiment(recipe, [*overrides, f"seed={seed}", f"out={out}"]))
-    c = study.config
-    if first is not None and not study.tokenizer_file.is_file():  # one tokenizer for all seeds
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(first / "shards", out / "shards")
-        shutil.copy(first / "tokenizer.model", study.tokenizer_file)
-    study.claim()
-    study.prepare()
-    model = c.model.resolve(c.vocab, c.seq_len)
-    spend = budgets(c, model)
-    for arm in grid(c, spend):
-        study.run_arm(arm, _cost(c, model, arm), arm.id)
-    families = {}
-    for family in c.adapted:
-        file = out / f"merging-{family}.json"
-        if not file.is_file():
-            write_json(file, compare(study, family))
-        families[family] = read_json(file)
-    training = spend.english + len(c.targets) * spend.adapt
-    return {"families": families, "training_flops": training}
+def run_seed(config: ExperimentConfig, data: Path) -> dict[str, Any]:
+    """One seed: family -> what was done -> bits per byte and FLOPs spent; and the FLOPs of all models of a merge."""
+    found = run_experiment(config, data)
+    study = Study(config, data)
+    families: dict[str, dict[str, Any]] = {family: {} for family in config.adapted}
+
+    def note(family: str, name: str, bits: dict[str, float], spent: int) -> None:
+        families[family][name] = {"mean": mean(bits.values()), **bits, "spent": spent}
+
+    for row in found["models"]:
+        bits = {tag: cell["bits_per_byte"] for tag, cell in row["eval"].items()}
+        names = {"joint": "joint training", "merge": words(row["method"] or "")}
+        if row["family"] in families and row["kind"] in names:
+            note(row["family"], names[row["kind"]], bits, row["spent"] if row["kind"] == "merge" else 0)
+    for family in families:
+        for name, make in (("best of the paper's, scale tuned", tuned), ("Adam's v, fine-tuned", fine_tuned)):
+            folder, spent = make(study, family)
+            texts = {tag: str(data / "dev" / f"{tag}.jsonl") for tag in config.languages}
+            measured = evaluate_folder(folder, list(texts.values()), [], seq_len=config.seq_len)["texts"]
+            note(family, name, {tag: measured[file]["bits_per_byte"] for tag, file in texts.items()}, spent)
+    return {
+        "families": families,
+        "training_flops": found["budgets"]["english"] + len(config.targets) * found["budgets"]["adapt"],
+    }
 
 
 def _sd(values: list[float]) -> float | None:
@@ -169,11 +110,12 @@ def summary(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for family in next(iter(seeds.values()))["families"]:
         tables = [seed["families"][family] for seed in seeds.values()]
+        papers = [words(method) for method in PAPERS if words(method) in tables[0]]
         result[family] = {}
         for name in tables[0]:
             closed = []
             for table in tables:
-                best, joint = min(table[method]["mean"] for method in PAPERS), table["joint training"]["mean"]
+                best, joint = min(table[method]["mean"] for method in papers), table["joint training"]["mean"]
                 closed.append((best - table[name]["mean"]) / (best - joint))
             means = {str(seed): table[name]["mean"] for seed, table in zip(seeds, tables, strict=True)}
             result[family][name] = {
@@ -187,7 +129,7 @@ def judged(found: dict[str, Any]) -> list[Result]:
     """The goal, for every family: what the best merge that knows of languages closes of the gap, in the mean of the seeds."""
     results = []
     for family, rows in found.items():
-        shares = {name: mean(rows[name]["gap_closed"]) for name in merges([]) if name not in PAPERS}
+        shares = {name: mean(rows[name]["gap_closed"]) for name in map(words, AWARE) if name in rows}
         best = max(shares, key=lambda name: shares[name])
         params: dict[str, int | float | str] = {"family": family, "seeds": len(rows[best]["seeds"]), "merge": best}
         results.append(outcome("merging", params, "share", "of the gap to joint training closed", 0.5, shares[best]))
@@ -202,11 +144,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_intermixed_args()
+    out = Path(load_experiment(arguments.recipe, arguments.overrides).out)
+    data = out / "data"  # one tokenizer and one text for all seeds
+    Study(load_experiment(arguments.recipe, [*arguments.overrides, f"out={data}"])).prepare()
     seeds: dict[int, dict[str, Any]] = {}
-    first: Path | None = None
     for seed in arguments.seeds:
-        seeds[seed] = run_seed(arguments.recipe, arguments.overrides, seed, first)
-        first = first or Path(load_experiment(arguments.recipe, arguments.overrides).out) / f"s{seed}"
+        file = out / f"merging-{seed}.json"
+        if not file.is_file():
+            overrides = [*arguments.overrides, f"seed={seed}", f"out={out / f's{seed}'}"]
+            write_json(file, run_seed(load_experiment(arguments.recipe, overrides), data))
+        seeds[seed] = read_json(file)
     found = summary(seeds)
     about: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),

@@ -87,6 +87,17 @@ def folders(results: list[dict[str, Any]]) -> str:
     return table(head, rows) if rows else ""
 
 
+def tokenizing(results: list[dict[str, Any]]) -> str:
+    """Text to tokens by ours and by datatrove: megabytes of text a CPU second, start-up included."""
+    rows = [
+        [f"{result['params']['bytes'] / 1e6:.0f} MB of {result['params']['text']} text, {name}",
+         f"{result['params']['bytes'] / 1e6 / found['seconds']['median']:.1f}", f"{found['seconds']['median']:.1f}"]
+        for result in results if result["case"] == "tokenize"
+        for name, found in result["providers"].items() if found["seconds"]
+    ]  # fmt: skip
+    return table(["text to tokens", "MB a CPU second", "CPU seconds"], rows) if rows else ""
+
+
 def methods(document: dict[str, Any]) -> Iterator[str]:
     """Merge methods by bits per byte over the languages, of every family of models."""
     for family, rows in document["summary"].items():
@@ -113,7 +124,7 @@ def block(folder: Path = RESULTS) -> str:
     parts: list[str] = []
     for path in sorted(folder.rglob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
-        tables = [make(document.get("results", [])) for make in (steps, ops, folders)]
+        tables = [make(document.get("results", [])) for make in (steps, ops, folders, tokenizing)]
         if path.name == "merging.json":
             tables += methods(document)
         if tables := [text for text in tables if text]:

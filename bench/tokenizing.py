@@ -1,24 +1,23 @@
-"""Text to tokens, ours against datatrove's, as whole processes of one core: MB of text a second of CPU time.
+"""Text to tokens, ours against datatrove's, as whole processes of one core: CPU seconds, start-up included.
 
-    python -m bench.tokenizing [--peer PYTHON] [--rounds 5] [--bytes 20000000] [--text FOLDER --tokenizer tokenizer.json]
+    python -m bench.tokenizing [--peer PYTHON] [--rounds 5] [--bytes N] [--text FOLDER --tokenizer tokenizer.json] [--out FOLDER]
 
 `--peer` names a Python that has datatrove, tokenizers, orjson and humanize; without it ours is told alone. By default the text is
 the built-in sample in six languages (made from templates: repetitive, which favours whoever caches words) and the tokenizer a
 byte-level BPE of 8192 tokens trained on it. Both read the same JSONL, shuffle nothing, and end documents in the same token; before
-anything is timed, their tokens are compared. Providers take turns; the exit code is 1 when ours is slower than the peer.
+anything is timed, their tokens are compared. The exit code is 1 when ours is slower than the peer.
 """
 
 import argparse
-import json
 import os
 import resource
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -29,7 +28,9 @@ from hyperllama.data.shards import Shards
 from hyperllama.data.text import iter_documents
 from hyperllama.data.tokenizer import Tokenizer
 
-from .environment import environment
+from .environment import device_slug, environment
+from .harness import Case, CpuClock, Target, judgement, missed, run, table, write_results
+from .merge import Process
 
 EOS = "<|endoftext|>"
 PEER = """
@@ -59,74 +60,78 @@ def prepare(work: Path, n_bytes: int) -> tuple[Path, Path]:
     return work / "text", work / "tokenizer.json"
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """CPU and wall seconds of a process and its children. Raises RuntimeError with the end of its output."""
-    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environ = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - begin
-
-
-def same_tokens(ours: Path, theirs: Path, tokenizer: Path) -> bool:
-    """Whether both streams are the same."""
+def same_tokens(ours: Path, theirs: Path, tokenizer: Path) -> str | None:
+    """What is wrong with our stream, given datatrove's; None where they are the same."""
     adopt(theirs, Tokenizer.load(tokenizer), theirs / "adopted")
     first, second = (Shards.open(folder, verify=False) for folder in (ours, theirs / "adopted"))
-    return np.array_equal(first.read(0, first.tokens), second.read(0, second.tokens))
+    same = np.array_equal(first.read(0, first.tokens), second.read(0, second.tokens))
+    return None if same else "the tokens differ"
 
 
-def main() -> None:
+def children_seconds() -> float:
+    """CPU seconds of all processes that were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def text_bytes(text: Path) -> int:
+    """UTF-8 bytes of the documents' text."""
+    return sum(document.num_bytes for document in iter_documents(text))
+
+
+def tokenize_case(text: Path, tokenizer: Path, work: Path, peer: Path | None, what: str) -> Case:
+    """The text by datatrove, where there is a Python that has it, and by us."""
+    out = {who: work / f"out-{who}" for who in ("ours", "datatrove")}
+    ours = [sys.executable, "-m", "hyperllama", "data", "build", str(text), "--tokenizer", str(tokenizer)]
+    ours += ["--out", str(out["ours"]), "--processes", "1", "--quiet"]
+    providers: dict[str, Callable[[], Any]] = {"ours": partial(Process, ours, work, out["ours"])}
+    if peer is not None:
+        theirs = [str(peer), "-c", PEER, str(text), str(tokenizer), str(out["datatrove"]), str(work / "out-logs"), EOS]
+        providers = {"datatrove": partial(Process, theirs, work, out["datatrove"])} | providers
+    return Case(
+        "tokenize",
+        {"text": what, "bytes": text_bytes(text)},
+        flops=0,
+        bytes=0,
+        providers=providers,
+        check=lambda output, expected: same_tokens(output, expected, tokenizer),
+        targets=(Target("ours", "datatrove", 1.0),) if peer is not None else (),
+    )
+
+
+def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bytes", type=int, default=20_000_000)
     parser.add_argument("--text", type=Path, help="folder of JSONL files")
     parser.add_argument("--tokenizer", type=Path, help="its tokenizer.json, which has " + EOS)
+    parser.add_argument("--out", type=Path, help="write <out>/<device>/tokenizing.json")
     arguments = parser.parse_args()
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        text, tokenizer = arguments.text, arguments.tokenizer
+        text, tokenizer, what = arguments.text, arguments.tokenizer, "given"
         if text is None or tokenizer is None:
-            text, tokenizer = prepare(work, arguments.bytes)
-        size = sum(document.num_bytes for document in iter_documents(text))
-        commands = {
-            "hyperllama": [sys.executable, "-m", "hyperllama", "data", "build", str(text), "--tokenizer", str(tokenizer),
-                           "--out", str(work / "hyperllama"), "--processes", "1", "--quiet"],
-        }  # fmt: skip
-        if arguments.peer is not None:
-            commands["datatrove"] = [str(arguments.peer), "-c", PEER, str(text), str(tokenizer), str(work / "datatrove"),
-                                     str(work / "logs"), EOS]  # fmt: skip
-        samples: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-        for turn in range(arguments.rounds + 1):  # the first is not counted: it warms the page cache and is compared
-            for name in sorted(commands, reverse=turn % 2 == 1):
-                for folder in (work / name, work / "logs"):
-                    shutil.rmtree(folder, ignore_errors=True)
-                seconds = timed(commands[name])
-                if turn:
-                    samples[name].append(seconds)
-            if (
-                turn == 0
-                and arguments.peer is not None
-                and not same_tokens(work / "hyperllama", work / "datatrove", tokenizer)
-            ):
-                raise SystemExit("the tokens differ: this would not compare the same work")
-        speed = {name: size / 1e6 / statistics.median(cpu for cpu, _ in rows) for name, rows in samples.items()}
-        result = {
-            name: {
-                "cpu_mb_per_second": speed[name],
-                "wall_mb_per_second": size / 1e6 / statistics.median(wall for _, wall in rows),
-                "cpu_seconds": [round(cpu, 3) for cpu, _ in rows],
-            }
-            for name, rows in samples.items()
-        }
-        print(json.dumps({"text_bytes": size, **result, "environment": environment()}, indent=1))
-        if arguments.peer is not None:
-            ratio = speed["hyperllama"] / speed["datatrove"]
-            print(f"hyperllama / datatrove, MB a CPU second: {ratio:.2f} (target 1.0)")
-            raise SystemExit(ratio < 1)
+            (text, tokenizer), what = prepare(work, arguments.bytes), "sample"
+
+        def clear() -> None:
+            for folder in work.glob("out-*"):
+                shutil.rmtree(folder)
+
+        size = text_bytes(text)
+        case = tokenize_case(text, tokenizer, work, arguments.peer, what)
+        clock = CpuClock(clear, children_seconds)
+        result = run(case, rounds=arguments.rounds, warmup=1, cpu_time=True, min_sample=0, clock=clock)
+    print(table([result]), judgement([result]), sep="\n\n")
+    for name, found in result["providers"].items():
+        if found["seconds"]:
+            print(f"{name}: {size / 1e6 / found['seconds']['median']:.1f} MB a CPU second")
+    if arguments.out:
+        write_results(arguments.out / device_slug(environment("cpu")["device"]) / "tokenizing.json", [result])
+    return 1 if missed([result]) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

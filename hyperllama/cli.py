@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -448,6 +449,12 @@ def experiment_command(
     recipes: Annotated[
         str, typer.Option(metavar="FOLDER", help="--print: where --write put the recipes.")
     ] = "recipes-of-paper",
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Of a study: processes that train, merge and measure at once; best with OMP_NUM_THREADS=1."
+        ),
+    ] = 1,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -464,12 +471,12 @@ def experiment_command(
     if "seeds" in values:
         from hyperllama.experiment.seeds import describe_seeds, load_seeds, run_seeds
 
-        _run_study(load_seeds(recipe, overrides), describe_seeds, run_seeds, dry_run, as_json)
+        _run_study(load_seeds(recipe, overrides), describe_seeds, partial(run_seeds, jobs=jobs), dry_run, as_json)
         return
     from hyperllama.experiment.recipe import load_experiment
     from hyperllama.experiment.run import describe, run_experiment
 
-    _run_study(load_experiment(recipe, overrides), describe, run_experiment, dry_run, as_json)
+    _run_study(load_experiment(recipe, overrides), describe, partial(run_experiment, jobs=jobs), dry_run, as_json)
 
 
 def _run_study(

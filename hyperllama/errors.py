@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class HyperLlamaError(Exception):
@@ -24,6 +25,9 @@ class Stopped(Exception):
     def __init__(self, signal: int, sentence: str):
         super().__init__(sentence)
         self.signal = signal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.signal, str(self))  # from another process
 
 
 class Diverged(Exception):

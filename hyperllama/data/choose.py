@@ -40,6 +40,10 @@ def choose(
         if source.shuffle:
             taken = candidates[number]
             candidates[number] = taken[permute(np.arange(len(taken)), len(taken), _seed(recipe.seed, source.label))]
+        if source.skip is not None:
+            passed = int(Fraction(str(source.skip)) * len(candidates[number]))
+            report[source.label]["passed_over"] = passed
+            candidates[number] = candidates[number][passed:]
     shares = sum(source.share or 0.0 for source in recipe.sources)
     chosen = [
         taken if source.share is not None else taken[: _fitting(source, characters[taken], source.characters)]

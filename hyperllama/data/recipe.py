@@ -4,7 +4,7 @@
           |  deduplicate                            exact copies, over all sources; the first one stays
           v
       shuffle                                       each source by its own seed
-          |  fraction, documents, characters, share how much of it
+          |  skip; fraction, documents, characters, share   how much of it
           v
       folder                                        sources one after another, or mixed (shuffle of the recipe)
 
@@ -38,7 +38,8 @@ class TextSource(Settings):
     keep_ids: str | None = Field(None, description="file of ids, one a line: only these documents")
     drop_ids: str | None = Field(None, description="file of ids, one a line: all but these")
     shuffle: bool = Field(False, description="take the documents in a random order")
-    fraction: float | None = Field(None, gt=0, le=1, description="share of the source's documents, rounded down")
+    skip: float | None = Field(None, gt=0, lt=1, description="share of its documents to pass over first, rounded down")
+    fraction: float | None = Field(None, gt=0, le=1, description="share of the documents that are left, rounded down")
     documents: int | None = Field(None, gt=0, description="at most this many")
     characters: int | None = Field(None, gt=0, description="stop before the document that reaches this")
     share: float | None = Field(None, gt=0, lt=1, description="as many characters as make this share of the folder")

@@ -1,68 +1,35 @@
 """What a study over seeds says, as Markdown written from its results: differences, their intervals, and the paper's claims.
 
-Every comparison is between models whose total FLOPs are the same integer, inside one seed; seeds give the interval:
-mean +- t s / sqrt(n) of the paired differences, two-sided 95 %. Languages are averaged first, each weighing the same.
+Every comparison is between models whose total FLOPs are the same integer, inside one seed; what a merge that reads text spends more
+is told beside it. Figures and intervals: questions.py.
 """
 
 from math import sqrt
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from hyperllama.errors import HyperLlamaError
+from hyperllama.config import ModelSettings
 from hyperllama.experiment.findings import language_name, listed, signed, words
+from hyperllama.experiment.questions import (
+    Answers,
+    Arms,
+    Closing,
+    closing,
+    growing,
+    interval,
+    keeping,
+    merging,
+    pairs,
+    verdict,
+)
 from hyperllama.experiment.recipe import SCRATCH
+from hyperllama.flops import window_flops
 
-Seed = dict[str, Any]
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % quantiles of t, by n - 1
 PAPERS = (
     180_078_912,
     197_300_060_160,
 )  # the small model: parameters, tokens before adaptation
 TITLES = {"single": "One rate for all arms", "tuned": "Rates chosen by the sweep"}
-
-
-class Arms:
-    """The models of one seed by id, and the averages that questions are asked of."""
-
-    def __init__(self, seed: Seed):
-        self.seed, self.rows = seed, {row["id"]: row for row in seed["models"]}
-        settings = seed["settings"]
-        self.base, self.targets = settings["base_language"], settings["targets"]
-        self.methods = list(dict.fromkeys(row["method"] for row in seed["models"] if row["kind"] == "merge"))
-        self.families = [f for f in ("1x", "1x-cloned", "2x") if f"{self.targets[0]}-{f}" in self.rows]
-        for group in seed["equal"]:
-            for name in group["ids"]:
-                if self.rows[name][group["by"]] != group["flops"]:
-                    raise HyperLlamaError(
-                        f"seed {seed['seed']}: {name} is not at the {group['flops']} FLOPs of its group"
-                    )
-
-    def bits(self, name: str, language: str) -> float:
-        """Bits per byte of a model on a language."""
-        return self.rows[name]["eval"][language]["bits_per_byte"]
-
-    def added(self, name: str) -> float:
-        """Mean bits per byte of a model over the added languages."""
-        return mean(self.bits(name, tag) for tag in self.targets)
-
-    def own(self, family: str) -> float:
-        """Mean over the added languages, each by its own model."""
-        return mean(self.bits(f"{tag}-{family}", tag) for tag in self.targets)
-
-    def english(self, family: str) -> float:
-        """Mean bits per byte on the base language of the family's language models."""
-        return mean(self.bits(f"{tag}-{family}", self.base) for tag in self.targets)
-
-    def forgot(self, family: str) -> float:
-        """How much it rose above that of the model they started from."""
-        return self.english(family) - self.bits(f"{self.base}-{family}", self.base)
-
-
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """(mean, half the width of the 95 % interval); None where one value has none."""
-    if len(values) < 2:
-        return mean(values), None
-    return mean(values), STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * stdev(values) / sqrt(len(values))
 
 
 def article(found: dict[str, Any]) -> str:
@@ -107,67 +74,71 @@ A difference is that of bits per byte, in per cent where nothing else is said, o
 the first needs fewer. In brackets: the 95 % interval over seeds (t, paired), or nothing where there is one seed."""
 
 
-def _percent(ours: float, theirs: float) -> float:
-    return 100 * (ours / theirs - 1)
+def _told(values: list[float], digits: int = 1, unit: str = " %", difference: bool = True) -> str:
+    """A mean with its interval; a difference has its sign."""
 
+    def told(value: float) -> str:
+        return signed(value, digits) if difference or value < 0 else f"{value:.{digits}f}"
 
-def _told(values: list[float], digits: int = 1, unit: str = " %") -> str:
-    """A mean with its interval."""
     middle, half = interval(values)
     if half is None:
-        return f"{signed(middle, digits)}{unit}"
-    return f"{signed(middle, digits)}{unit} [{signed(middle - half, digits)}, {signed(middle + half, digits)}]"
+        return f"{told(middle)}{unit}"
+    return f"{told(middle)}{unit} [{told(middle - half)}, {told(middle + half)}]"
 
 
-def verdict(values: list[float]) -> str:
-    """better, worse, or undecided when the interval holds zero; with one seed nothing is decided."""
-    middle, half = interval(values)
-    if half is None or abs(middle) <= half:
-        return "undecided"
-    return "better" if middle < 0 else "worse"
+def _closing(arms: list[Arms]) -> str:
+    """The section on merges that know of languages; "" where there is none."""
+    found = closing(arms)
+    if not found:
+        return ""
+    lines = [
+        "### Do merges that know of languages close the gap?\n",
+        "Against the best of the paper's merges in each seed, which is chosen on the very text that is measured; of the way from "
+        "there to joint training. What reads text spends FLOPs that no joint run got: they are told as a share of its total, and "
+        "the merge is not at equal FLOPs by that much.\n",
+        "| merge | against the best of the paper's | | of the gap closed | own FLOPs |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for one in found:
+        spent = f"{one.spent:.1f} %" if one.spent else "0"
+        lines.append(
+            f"| {one.family}: {words(one.method)} | {_told(one.difference)} | {verdict(one.difference)} "
+            f"| {_gap(one)} | {spent} |"
+        )
+    return "\n".join(lines)
 
 
-def growing(arms: list[Arms]) -> dict[str, list[float]]:
-    """Question 1: what -> differences of grown models from 1x ones, or as said."""
-    base, known = arms[0].base, arms[0].rows.keys()
-    found = {}
-    for family in arms[0].families[1:]:
-        values = [_percent(one.own(family), one.own("1x")) for one in arms]
-        found[f"{family} against 1x, a model a language"] = values
-    for family in [*arms[0].families[1:], SCRATCH]:
-        if f"joint-{family}" in known:
-            values = [_percent(one.added(f"joint-{family}"), one.added("joint-1x")) for one in arms]
-            found[f"{family} against 1x, joint training"] = values
-    for ours, theirs in (("2x", "1x"), (SCRATCH, "1x"), ("2x", SCRATCH)):
-        if {f"{base}-{ours}", f"{base}-{theirs}"} <= known:
-            values = [_percent(one.bits(f"{base}-{ours}", base), one.bits(f"{base}-{theirs}", base)) for one in arms]
-            found[f"{ours} against {theirs}, {language_name(base)} alone"] = values
-    return found
+def _gap(one: Closing) -> str:
+    """The share of the gap that was closed."""
+    return _told(one.closed, 0, difference=False) if one.closed else "no gap"
 
 
-def keeping(arms: list[Arms]) -> dict[str, list[float]]:
-    """Question 2: what -> differences in the base language's bits per byte after adaptation (per cent), or its rise (bits)."""
-    base = language_name(arms[0].base)
-    found = {f"{family}: rise by adaptation, bits": [one.forgot(family) for one in arms] for family in arms[0].families}
-    for family in arms[0].families[1:]:
-        values = [_percent(one.english(family), one.english("1x")) for one in arms]
-        found[f"{family} against 1x, {base} after adaptation"] = values
-    return found
+def _by_family(found: list[Closing]) -> list[list[Closing]]:
+    return [[one for one in found if one.family == family] for family in dict.fromkeys(one.family for one in found)]
 
 
-def merging(arms: list[Arms]) -> dict[str, list[float]]:
-    """Question 3: what -> differences of merges over the added languages."""
-    found = {}
-    for method in arms[0].methods:
-        for family in arms[0].families[1:]:
-            values = [_percent(one.added(f"merge-{method}-{family}"), one.added(f"merge-{method}-1x")) for one in arms]
-            found[f"{words(method)}: {family} against 1x"] = values
-    for family in arms[0].families:
-        if f"joint-{family}" in arms[0].rows:
-            best = [min(one.added(f"merge-{method}-{family}") for method in one.methods) for one in arms]
-            joint = [one.added(f"joint-{family}") for one in arms]
-            found[f"{family}: best merge against joint training"] = list(map(_percent, best, joint))
-    return found
+def _pairs(arms: list[Arms]) -> str:
+    """The section on minimal pairs; "" where none were measured."""
+    found = pairs(arms)
+    if not found:
+        return ""
+    first = arms[0]
+    counts = [next(iter(first.rows.values()))["eval"][tag]["pairs"] for tag in (first.base, *first.targets)]
+    told = f"{counts[0]} each of" if len(set(counts)) == 1 else f"{listed(list(map(str, counts)))} of"
+    error = 50 / sqrt(sum(counts[1:]))
+    lines = [
+        "### Minimal pairs\n",
+        f"Per cent right, chance 50, differences in points; {told} pairs of "
+        f"{listed([first.base, *first.targets])}. The interval is over seeds, on the same pairs; other pairs would move a mean of "
+        f"added languages by up to {error:.1f} points (one standard error), {language_name(first.base)} by "
+        f"{50 / sqrt(counts[0]):.1f}.\n",
+        f"| | added languages | {language_name(first.base)} |",
+        "| --- | --- | --- |",
+    ]
+    for (family, what), both in found.items():
+        added, base = (_told(values, unit="", difference="against" in family) for values in both)
+        lines.append(f"| {family}, {what} | {added} | {base} |")
+    return "\n".join(lines)
 
 
 def _answers(arms: list[Arms]) -> str:
@@ -176,7 +147,7 @@ def _answers(arms: list[Arms]) -> str:
     for title, found in (
         ("Does growing pay at equal FLOPs?", growing(arms)),
         (f"Does it keep {base}?", keeping(arms)),
-        ("Do grown merges beat small ones?", merging(arms)),
+        ("Do grown merges of the paper's kinds beat small ones?", merging(arms)),
     ):
         lines = [f"### {title}\n", "| comparison | difference | |", "| --- | --- | --- |"]
         for what, values in found.items():
@@ -184,7 +155,7 @@ def _answers(arms: list[Arms]) -> str:
             told = _told(values, 3, "") if bits else _told(values)
             lines.append(f"| {what} | {told} | {'' if bits else verdict(values)} |")
         sections.append("\n".join(lines))
-    return "\n\n".join(sections)
+    return "\n\n".join(filter(None, [*sections, _closing(arms), _pairs(arms)]))
 
 
 def _table(arms: list[Arms]) -> str:
@@ -232,10 +203,10 @@ def _paper(seeds: dict[str, list[Arms]]) -> str:
     n = len(arms)
     grown = [family for family in ("1x-cloned", "2x") if family in arms[0].families]
 
-    def ours(found: dict[str, list[float]], keys: list[str]) -> str:
+    def ours(found: Answers, keys: list[str]) -> str:
         return "; ".join(f"{key}: {_told(found[key])}, {verdict(found[key])}" for key in keys if key in found)
 
-    def judged(found: dict[str, list[float]], keys: list[str], agree: str) -> str:
+    def judged(found: Answers, keys: list[str], agree: str) -> str:
         verdicts = [verdict(found[key]) for key in keys if key in found]
         if not verdicts:
             return "**Not compared**: the grid has no such arms."
@@ -265,6 +236,13 @@ def _paper(seeds: dict[str, list[Arms]]) -> str:
     lines.append(f"3. *Grown merges beat small ones.* {judged(third, keys, 'better')} {ours(third, keys)}.")
     keys = [key for key in third if "joint" in key]
     lines.append(f"4. *Merging stays behind joint training.* {judged(third, keys, 'worse')} {ours(third, keys)}.")
+    if best := [min(rows, key=lambda one: mean(one.difference)) for rows in _by_family(closing(arms))]:
+        told = [
+            f"{one.family}: {words(one.method)} {_told(one.difference)} against the best of the paper's, "
+            f"{_gap(one)} of the gap closed"
+            for one in best
+        ]
+        lines.append(f"5. Not in the paper: merges that know of languages; the best of each family. {'; '.join(told)}.")
     return "\n".join(lines)
 
 
@@ -289,7 +267,13 @@ def _sweep(sweep: dict[str, Any], first: Arms) -> str:
 def _limits(seeds: dict[str, list[Arms]], first: Arms) -> str:
     fewest = min(len(arms) for arms in seeds.values())
     small = min(row["parameters"] for row in first.seed["models"])
-    tokens = first.seed["settings"]["english_tokens"]
+    settings = first.seed["settings"]
+    tokens, shape = (
+        settings["english_tokens"],
+        ModelSettings(**settings["model"]).resolve(settings["vocab"], settings["seq_len"]),
+    )
+    costs = [window_flops(config, settings["seq_len"]) for config in (shape, shape.grown(settings["factor"]))]
+    steps = [-(-first.seed["budgets"]["adapt"] // (cost * settings["global_batch"])) for cost in costs]
     few = "Intervals are not corrected for the number of comparisons."
     if fewest < 5:
         few = "With so few seeds an interval is wide, and one that excludes zero may do so by chance. " + few
@@ -297,6 +281,7 @@ def _limits(seeds: dict[str, list[Arms]], first: Arms) -> str:
 
 The paper's small model has {PAPERS[0] / small:,.0f} times as many parameters, and before adaptation it saw \
 {PAPERS[1] / tokens:,.0f} times as much text: \
-in a budget as small as this a wider model takes few steps, and where it loses, it may lose for that reason alone. \
+in a budget as small as this a wider model takes few steps (an adaptation is {steps[0]:,} at 1x, {steps[1]:,} of a grown model), \
+and where it loses, it may lose for that reason alone. \
 Seeds share tokenizer and text. {few} \
 Bits per byte of different languages are not the same amount of text."""

@@ -11,7 +11,7 @@ import yaml
 
 from hyperllama.config import RunConfig, validated
 from hyperllama.errors import HyperLlamaError
-from hyperllama.experiment.paper import Clone, Grid, Merge, Run, Task, merge_values, run_values
+from hyperllama.experiment.paper import Clone, Grid, Merge, Run, Task, data_recipes, merge_values, run_values
 from hyperllama.files import atomic_folder, check_free, read_json, write_json
 from hyperllama.flops import shared_quantum, window_flops
 from hyperllama.merge import parse_recipe
@@ -112,13 +112,17 @@ def _equal(grid: Grid) -> list[str]:
 
 
 def write_recipes(grid: Grid, folder: str | Path) -> dict[str, int]:
-    """Write runs/<id>.yaml and merges/<family>/<id>.yaml under `folder`; returns how many of each.
+    """Write data/<source>.yaml, runs/<id>.yaml and merges/<family>/<id>.yaml under `folder`; returns how many of each.
 
     Every run is validated, every merge planned by shapes. Raises HyperLlamaError when one does not fit, or the folder exists.
     """
     folder = Path(folder)
     check_free(folder)
-    texts = {}
+    recipes = data_recipes(grid.config)
+    texts = {
+        f"data/{name}.yaml": yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
+        for name, recipe in recipes.items()
+    }
     for run in grid.runs:
         values = run_values(grid, run)
         validated(RunConfig, values, run.id)
@@ -133,7 +137,7 @@ def write_recipes(grid: Grid, folder: str | Path) -> dict[str, int]:
         for name, text in texts.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
-    return {"runs": len(grid.runs), "merges": len(grid.merges)}
+    return {"data": len(recipes), "runs": len(grid.runs), "merges": len(grid.merges)}
 
 
 def commands(grid: Grid, recipes: str, how: str) -> str:
@@ -200,7 +204,7 @@ def run_grid(grid: Grid) -> dict[str, Any]:
     from hyperllama.train.loop import train
 
     c, out = grid.config, console()
-    claim(Path(c.out), c.model_dump(mode="json", exclude={"dev"}))
+    claim(Path(c.out), c.model_dump(mode="json", exclude={"dev", "data"}))
     for i, task in enumerate(grid.tasks.values()):
         if finished(grid, task):
             continue

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from hyperllama.errors import HyperLlamaError
+from hyperllama.experiment.merges import PAPERS, TITLES
 
 Row = dict[str, Any]
 Finding = tuple[str, str]  # topic, sentence
@@ -195,8 +196,8 @@ class View:
 
 
 def words(name: str) -> str:
-    """task_arithmetic -> task arithmetic."""
-    return name.replace("_", " ")
+    """task_arithmetic -> task arithmetic; adam_v -> Adam's v."""
+    return TITLES.get(name, name.replace("_", " "))
 
 
 def listed(items: list[str]) -> str:
@@ -340,7 +341,8 @@ def _merging(view: View) -> list[Finding]:
     singles = view.language_models(best["family"])
     own = average([bits(row, tag) for tag, row in singles.items()])
     anywhere = average([average_bits(row, view.targets) for row in singles.values()])
-    joint = [row for row in view.of_kind("joint") if row["family"] == best["family"] and row["total"] == best["total"]]
+    before = best["inherited"]  # total, but for what the merge itself spent
+    joint = [row for row in view.of_kind("joint") if row["family"] == best["family"] and row["total"] == before]
     together = average_bits(joint[0], view.targets) if joint else None
     held = []
     if anywhere is not None:
@@ -348,7 +350,12 @@ def _merging(view: View) -> list[Finding]:
     if own is not None:
         held.append(f"the same models, each on its own language, {own:.3f}")
     if together is not None:
-        held.append(f"joint training with the same total FLOPs, {together:.3f}")
+        more = f"{best['spent']:,} FLOPs fewer" if best["spent"] else "the same total FLOPs"
+        held.append(f"joint training with {more}, {together:.3f}")
+    papers = {name: value for name, value in merges.items() if view.by_id[name]["method"] in PAPERS}
+    if papers and best["method"] not in PAPERS:
+        least = lowest(papers)
+        held.append(f"the best of the paper's merges, {listed(least)}, {papers[least[0]]:.3f}")
     sentence = (
         f"Mean bits per byte over the {len(view.targets)} added languages: of {len(merges)} merges, {listed(names)} "
         f"{'needs' if len(names) == 1 else 'need'} the fewest, {merges[names[0]]:.3f}."

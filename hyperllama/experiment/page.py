@@ -54,7 +54,7 @@ def _facts(view: View) -> str:
     facts = [
         ("models", f"{len(view.rows):,}"),
         ("languages", f"{len(view.languages):,}"),
-        ("training FLOPs, all models", f"{trained:,}"),
+        ("FLOPs spent, all models", f"{trained:,}"),
         ("shared FLOP quantum", f"{view.results['budgets']['quantum']:,}"),
         ("tokens in a window", f"{view.results['seq_len']:,}"),
         ("vocabulary", f"{view.results['tokenizer_vocab']:,}"),

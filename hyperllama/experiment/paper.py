@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hyperllama.config import ModelConfig, ModelSettings, OptimizerSettings, Settings, override, read_yaml, validated
+from hyperllama.data.recipe import DataRecipe, load_data_recipe
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.flops import shared_quantum, window_flops
 from hyperllama.merge.methods import METHODS
@@ -76,6 +77,22 @@ class MergeRows(Settings):
     )
 
 
+class DataRow(Settings):
+    """How a source's shards are made: a data recipe of one source, and which share of its documents."""
+
+    recipe: str
+    skip: float | None = None
+    fraction: float | None = None
+
+
+class DataRows(Settings):
+    """Sources of runs, and a folder that mixes all passes of all languages, each document as often as they read it."""
+
+    folder: str = Field(description="of the data recipes")
+    sources: dict[str, DataRow]
+    mixed: str | None = None
+
+
 class Extra(Settings):
     """Arms that the paper does not have."""
 
@@ -111,6 +128,7 @@ class PaperConfig(Settings):
     languages: dict[str, RunRow] = Field(min_length=1)
     merges: MergeRows
     extra: Extra = Extra()
+    data: DataRows | None = Field(None, description="recipes of the shards; null: they are there")
     dev: str | None = Field(
         None, description="folder of <language>.jsonl (and .pairs.jsonl) on which every model is measured"
     )
@@ -411,6 +429,33 @@ def _merges(c: PaperConfig) -> Iterator[Merge]:
 def published_base(family: str, method: str, all_languages: bool, parent: str) -> str:
     """The base that the published recipes name: of 2x models the cloned English one, but for ties and dare_ties of all five."""
     return CLONED if family == "2x" and not (all_languages and method in ("ties", "dare_ties")) else parent
+
+
+def data_recipes(c: PaperConfig) -> dict[str, DataRecipe]:
+    """source -> the recipe of its shards. Raises HyperLlamaError for a source that has no row, and for bad recipes."""
+    if c.data is None:
+        return {}
+    rows, found = c.data.sources, dict[str, DataRecipe]()
+    for name in (
+        name for row in (c.base, c.english, *c.languages.values()) for stage in row.stages for name in stage.windows
+    ):
+        if name not in rows and name != c.data.mixed:
+            raise HyperLlamaError(
+                f"data.sources has no {name}, which a run reads; {nearest(name, rows)}, or data: null"
+            )
+    for name, row in rows.items():
+        recipe = load_data_recipe(Path(c.data.folder) / f"{row.recipe}.yaml")
+        (source,) = recipe.sources
+        parts = source.model_copy(update=row.model_dump(include={"skip", "fraction"}, exclude_none=True))
+        changes: dict[str, Any] = {"out": f"{c.shards}/{name}", "tokenizer": c.tokenizer, "sources": [parts]}
+        found[name] = recipe.model_copy(update=changes)
+    if c.data.mixed is not None:
+        stages = [stage for row in c.languages.values() if row.merged for stage in row.stages]
+        passes = [(name, seed) for stage in stages for seed in stage.seeds for name in stage.windows]
+        sources = [found[name].sources[0].model_copy(update={"name": f"{name}, {seed}"}) for name, seed in passes]
+        changes = {"out": f"{c.shards}/{c.data.mixed}", "sources": sources, "shuffle": True}
+        found[c.data.mixed] = found[passes[0][0]].model_copy(update=changes)
+    return found
 
 
 def run_values(grid: Grid, run: Run) -> dict[str, Any]:

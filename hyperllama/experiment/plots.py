@@ -69,7 +69,8 @@ def pictures(view: View) -> list[Picture]:
          "Bytes are not the same amount of text in every script, so compare families, not languages.", bits_per_byte),
         ("scaling", "scaling", "Bits per byte against total FLOPs", "Two line plots: the base language, and the added ones.",
          f"{base} and the mean of added languages at exact total FLOPs. A line follows a family from before adaptation over "
-         "one model a language (each measured on its own, English on all) to joint training; hollow marks: merges.", scaling),
+         "one model a language (each measured on its own, English on all) to joint training; hollow marks: merges, "
+         "those that read text with what that cost.", scaling),
         ("forgetting", "forgetting", f"What adaptation did to {base}", f"Dumbbell plot of {base} bits per byte before and after.",
          f"{base} bits per byte before (hollow) and after (filled) adaptation. To the right: forgotten.", forgetting),
         ("merges", "comparison", "Merging against its alternatives", "Heat-map of bits per byte: models by languages.",
@@ -340,7 +341,8 @@ def merges(view: View, narrow: bool) -> Figure | None:
     short = (
         {"mean of single-language models": "mean of singles", "own-language model": "own language"} if narrow else {}
     )
-    axes.set_yticks(y, [short.get(what, what) for _, what, _ in table], fontsize=size, color=INK)
+    labels = [short.get(what, what.removeprefix("merge: ") if narrow else what) for _, what, _ in table]
+    axes.set_yticks(y, labels, fontsize=size, color=INK)
     names = [*view.languages, "mean"] if narrow else [*map(language_name, view.languages), "mean of added"]
     axes.set_xticks(x, names, fontsize=size, color=INK)
     axes.xaxis.tick_top()

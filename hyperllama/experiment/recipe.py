@@ -16,8 +16,8 @@ from hyperllama.config import (
     validated,
 )
 from hyperllama.errors import HyperLlamaError, nearest
+from hyperllama.experiment.merges import NAMES, reads_text
 from hyperllama.flops import growth_quantum
-from hyperllama.merge.methods import METHODS
 
 FAMILIES = ("1x", "1x-cloned", "2x")
 SCRATCH = "2x-scratch"
@@ -30,6 +30,14 @@ class SampleSettings(Settings):
     bytes_per_language: int = Field(gt=0)
     dev_bytes: int = Field(gt=0)
     pairs: int = Field(gt=0)
+
+
+class LearnSettings(Settings):
+    """What merges learn on: the development documents behind those that are measured."""
+
+    bytes: int = Field(26_000, gt=0, description="of each language's text")
+    steps: int = Field(24, gt=0)
+    windows: int = Field(24, gt=0, description="in a step, of all languages together")
 
 
 class ExperimentConfig(Settings):
@@ -66,7 +74,8 @@ class ExperimentConfig(Settings):
     factor: int = Field(2, ge=2)
     noise_db: float | None = Field(10.0, description="growth noise; null: none, and a clone stays symmetric")
     merge_methods: list[str] = Field(["linear", "task_arithmetic", "ties"], min_length=1)
-    density: float = Field(0.5, gt=0, le=1, description="of ties")
+    density: float = Field(0.5, gt=0, le=1, description="of ties and dare_ties")
+    learn: LearnSettings = LearnSettings()
     dev_bytes: int = Field(10**9, gt=0, description="development text read per language")
     dev_pairs: int = Field(10**9, ge=0, description="minimal pairs read per language")
 
@@ -83,8 +92,8 @@ class ExperimentConfig(Settings):
             if group not in GROUPS:
                 raise ValueError(f"rates: {group!r} is unknown; {nearest(group, GROUPS)}")
         for method in self.merge_methods:
-            if method not in METHODS:
-                raise ValueError(f"merge_methods: {method!r} is unknown; {nearest(method, METHODS)}")
+            if method not in NAMES:
+                raise ValueError(f"merge_methods: {method!r} is unknown; {nearest(method, NAMES)}")
         if len(set(self.merge_methods)) < len(self.merge_methods):
             raise ValueError("merge_methods must be different")
         return self
@@ -93,6 +102,11 @@ class ExperimentConfig(Settings):
     def languages(self) -> list[str]:
         """Base language first."""
         return [self.base_language, *self.targets]
+
+    @property
+    def learns(self) -> bool:
+        """Whether a merge reads text."""
+        return any(map(reads_text, self.merge_methods))
 
     @property
     def adapted(self) -> list[str]:

@@ -2,7 +2,7 @@
 
     <out>/experiment.yaml   the resolved recipe; another recipe is refused here
     <out>/corpus/           the sample text, or what is used of a folder's development parts
-    <out>/tokenizer.model, shards/<language>/
+    <out>/tokenizer.model, shards/<language>/, dev/
     <out>/runs/<arm>/       training runs (model in runs/<arm>/model)
     <out>/clones/<arm>/     grown models: one per (source, factor, noise, seed), where every cloned arm and merge base starts
     <out>/merges/<id>/      merged models, beside their recipes <id>.yaml
@@ -12,13 +12,10 @@
 Everything is a pure function of the recipe; what exists is kept, so an interrupted study goes on where it stopped.
 """
 
-import gzip
+import itertools
 import json
 import shutil
 import time
-import zlib
-from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +29,11 @@ from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
 from hyperllama.errors import HyperLlamaError
 from hyperllama.evaluate import evaluate_folder
 from hyperllama.evaluate.pairs import read_pairs
+from hyperllama.experiment.jobs import Step, carry_out
+from hyperllama.experiment.merges import merge_values, reads_text
 from hyperllama.experiment.recipe import Arm, Budgets, ExperimentConfig, budgets, grid
 from hyperllama.experiment.report import write_report
+from hyperllama.experiment.text import head, part_file, spread
 from hyperllama.files import atomic_folder, read_json, write_json, write_text
 from hyperllama.flops import window_flops
 from hyperllama.grow.folder import grow_folder
@@ -60,7 +60,7 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
     if config.corpus is not None:
         for language in config.languages:
             for part in ("train", "dev"):
-                _part(Path(config.corpus), language, part)
+                part_file(Path(config.corpus), language, part)
     model = config.model.resolve(config.vocab, config.seq_len)
     spend = budgets(config, model)
     arms = grid(config, spend)
@@ -73,7 +73,7 @@ def describe(config: ExperimentConfig) -> dict[str, Any]:
                 "id": arm.id,
                 "starts_from": arm.start,
                 "flops": arm.flops,
-                "windows": arm.flops // _cost(config, model, arm),
+                "windows": arm.flops // window_cost(config, model, arm),
             }
             for arm in arms
         ],
@@ -88,7 +88,7 @@ def _shape(config: ExperimentConfig, model: ModelConfig, arm: Arm) -> ModelConfi
     return model if arm.family == "1x" else model.grown(config.factor)
 
 
-def _cost(config: ExperimentConfig, model: ModelConfig, arm: Arm) -> int:
+def window_cost(config: ExperimentConfig, model: ModelConfig, arm: Arm) -> int:
     return window_flops(_shape(config, model, arm), config.seq_len)
 
 
@@ -96,18 +96,21 @@ def _eta(config: ExperimentConfig, model: ModelConfig, arms: list[Arm], rates: d
     """How long `arms` will train, as far as shapes that have been timed tell; a shape that has not counts like the slowest."""
     if not rates:
         return ""
-    seconds = sum(arm.flops * rates.get(_cost(config, model, arm), max(rates.values())) for arm in arms)
+    seconds = sum(arm.flops * rates.get(window_cost(config, model, arm), max(rates.values())) for arm in arms)
     return f", {f'about {seconds / 60:.0f}' if seconds > 60 else 'under 1'} min left"
 
 
 class Study:
     """The folders of one study and the steps that fill them."""
 
-    def __init__(self, config: ExperimentConfig, data: Path | None = None, reuse: Path | None = None):
+    def __init__(
+        self, config: ExperimentConfig, data: Path | None = None, reuse: Path | None = None, quiet: bool = False
+    ):
         """`data`: the folder of text, tokenizer and shards (default: out); `reuse`: a study whose equal runs are copied."""
-        self.config, self.out, self.console = config, Path(config.out), console()
+        self.config, self.out, self.console, self.quiet = config, Path(config.out), console(), quiet
         self.data, self.reuse = data or self.out, reuse
         self.tokenizer_file = self.data / "tokenizer.model"
+        self.source = Path(config.corpus) if config.corpus else self.data / "corpus"
 
     def folder(self, arm: str) -> Path:
         """Where the model `arm` lies."""
@@ -122,7 +125,7 @@ class Study:
 
     def prepare(self) -> None:
         """Text, tokenizer, shards, development parts."""
-        c, source = self.config, Path(self.config.corpus) if self.config.corpus else self.data / "corpus"
+        c, source = self.config, self.source
         if c.sample and not source.is_dir():
             self.say(
                 f"writing {c.sample.bytes_per_language:,} bytes of sample text in each of {len(c.languages)} languages"
@@ -135,7 +138,7 @@ class Study:
                 dev_bytes=c.sample.dev_bytes,
                 pairs=c.sample.pairs,
             )
-        train_files = {language: _part(source, language, "train") for language in c.languages}
+        train_files = {language: part_file(source, language, "train") for language in c.languages}
         if not self.tokenizer_file.is_file():
             self.say(f"training a tokenizer of {c.vocab:,} tokens")
             train_tokenizer(list(train_files.values()), self.tokenizer_file, c.vocab, seed=c.seed)
@@ -148,12 +151,33 @@ class Study:
             with atomic_folder(self.data / "dev") as dev:
                 for language in c.languages:
                     text, pairs = dev / f"{language}.jsonl", dev / f"{language}.pairs.jsonl"
-                    _head(_part(source, language, "dev"), text, c.dev_bytes)
-                    for _ in iter_documents([text]):  # a bad line is found now, not after hours of training
+                    measured = head(part_file(source, language, "dev"), text, c.dev_bytes)
+                    texts = [text]
+                    if c.learns:
+                        texts.append(dev / f"{language}.learn.jsonl")
+                        if not head(part_file(source, language, "dev"), texts[1], c.learn.bytes, measured):
+                            raise HyperLlamaError(
+                                f"dev_bytes ({c.dev_bytes}) leaves no development text of {language} for merges to learn on: "
+                                "lower it"
+                            )
+                    for _ in iter_documents(texts):  # a bad line is found now, not after hours of training
                         pass
-                    _spread(source / "minimal_pairs" / f"{language}.jsonl", pairs, c.dev_pairs)
+                    spread(source / "minimal_pairs" / f"{language}.jsonl", pairs, c.dev_pairs)
                     if pairs.is_file():
                         read_pairs(pairs)
+
+    def further(self, language: str, out: Path, limit: int, reader: str) -> None:
+        """Write development text behind what is measured or learnt on, up to `limit` bytes.
+
+        Raises HyperLlamaError naming the `reader` when there is none.
+        """
+        read = [self.data / "dev" / f"{language}{kind}.jsonl" for kind in ("", ".learn")]
+        count = sum(file.read_bytes().count(b"\n") for file in read if file.is_file())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not head(part_file(self.source, language, "dev"), out, limit, count):
+            raise HyperLlamaError(
+                f"dev_bytes ({self.config.dev_bytes}) leaves no development text of {language} for {reader}: lower it"
+            )
 
     def run_config(self, arm: Arm, cost: int) -> RunConfig:
         """The training run of an arm, as `hyperllama train` would read it."""
@@ -193,7 +217,7 @@ class Study:
         if arm.shares:
             config = self.run_config(arm, cost)
             if not self.copied(config):
-                train(config, label=label)
+                train(config, label=label, quiet=self.quiet)
         elif not self.folder(arm.id).is_dir():
             assert arm.start is not None  # a clone has a source
             result = grow_folder(
@@ -206,6 +230,12 @@ class Study:
                 f"{label}: grown, largest logit difference {result['verified']['logits']['max_logit_difference']:.2g}"
             )
 
+    def trial(self, arm: Arm, cost: int, text: Path) -> float:
+        """Train an arm; returns its bits per byte on a text."""
+        self.run_arm(arm, cost, f"sweep: {arm.id}")
+        measured = evaluate_folder(self.folder(arm.id), [text], [], seq_len=self.config.seq_len)
+        return float(measured["texts"][str(text)]["bits_per_byte"])
+
     def copied(self, config: RunConfig) -> bool:
         """Whether a run was copied from the study to reuse: the same in all that decides its result."""
         if self.reuse is None or Path(config.out).exists():
@@ -216,6 +246,8 @@ class Study:
             return False
         with atomic_folder(config.out, sync=False) as folder:
             shutil.copytree(other, folder, dirs_exist_ok=True)
+            # its own settings, or it would be another run's when the study goes on
+            write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return True
 
     def merge(self, method: str, family: str) -> str:
@@ -223,16 +255,16 @@ class Study:
         c, name = self.config, f"merge-{method}-{family}"
         if (self.out / "merges" / name).is_dir():
             return name
-        parameters: dict[str, Any] = {"weight": 1.0} | ({"density": c.density} if method == "ties" else {})
-        recipe: dict[str, Any] = {
-            "merge_method": method,
-            "models": [{"model": str(self.folder(f"{tag}-{family}")), "parameters": parameters} for tag in c.targets],
-            "parameters": {"normalize": True},
-            "dtype": "float32",
-            "out_dtype": "float32" if c.precision == "fp32" else "bfloat16",
-        }
-        if method != "linear":
-            recipe["base_model"] = str(self.folder(f"{c.base_language}-{family}"))
+        recipe = merge_values(
+            method,
+            str(self.folder(f"{c.base_language}-{family}")),
+            {tag: str(self.folder(f"{tag}-{family}")) for tag in c.targets},
+            {tag: self.data / "dev" / f"{tag}.learn.jsonl" for tag in c.languages},
+            density=c.density,
+            steps=c.learn.steps,
+            windows=c.learn.windows,
+        )
+        recipe |= {"dtype": "float32", "out_dtype": "float32" if c.precision == "fp32" else "bfloat16"}
         file = self.out / "merges" / f"{name}.yaml"
         write_text(file, yaml.dump(recipe, sort_keys=False, Dumper=_PlainDumper))
         run_merge(plan_merge(read_recipe(file), Path.cwd()), self.out / "merges" / name)
@@ -257,7 +289,8 @@ class Study:
 
     def say(self, sentence: str) -> None:
         """Tell the person who watches."""
-        self.console.print(sentence)
+        if not self.quiet:
+            self.console.print(sentence)
 
 
 def claim(out: Path, wanted: dict[str, Any]) -> None:
@@ -277,8 +310,10 @@ def claim(out: Path, wanted: dict[str, Any]) -> None:
     write_text(file, yaml.safe_dump(wanted, sort_keys=False))
 
 
-def run_experiment(config: ExperimentConfig, data: Path | None = None, reuse: Path | None = None) -> dict[str, Any]:
-    """Run or resume a study; returns the content of results.json. `data` and `reuse` are Study's.
+def run_experiment(
+    config: ExperimentConfig, data: Path | None = None, reuse: Path | None = None, jobs: int = 1
+) -> dict[str, Any]:
+    """Run or resume a study, `jobs` steps at a time; returns the content of results.json. `data` and `reuse` are Study's.
 
     Raises HyperLlamaError for bad input, and when ledgers that must be equal are not.
     """
@@ -290,9 +325,11 @@ def run_experiment(config: ExperimentConfig, data: Path | None = None, reuse: Pa
     study.claim()
     study.prepare()
     study.say(f"{len(arms)} arms, {sum(arm.flops for arm in arms):,} training FLOPs; quantum {spend.quantum:,}")
+    if jobs > 1:
+        _run_in_jobs(study, arms, model, jobs)
     rates: dict[int, float] = {}  # seconds a FLOP, of the last run of each shape
     for i, arm in enumerate(arms):
-        eta, cost, started = _eta(config, model, arms[i:], rates), _cost(config, model, arm), time.perf_counter()
+        eta, cost, started = _eta(config, model, arms[i:], rates), window_cost(config, model, arm), time.perf_counter()
         fresh = not (study.out / "runs" / arm.id / "run.json").is_file()
         study.run_arm(arm, cost, f"[{i + 1}/{len(arms)}{eta}] {arm.id}")
         if arm.shares and fresh:
@@ -331,6 +368,25 @@ def run_experiment(config: ExperimentConfig, data: Path | None = None, reuse: Pa
     return results
 
 
+def _run_in_jobs(study: Study, arms: list[Arm], model: ModelConfig, jobs: int) -> None:
+    """Make and measure everything, several at a time; what is left then is to read it."""
+    c = study.config
+    steps, families = [], {family: [f"{tag}-{family}" for tag in c.targets] for family in c.adapted}
+    for arm in arms:
+        cost = window_cost(c, model, arm)
+        needs = frozenset({arm.start} if arm.start else ())
+        steps.append(Step(arm.id, c, "run_arm", (arm, cost, arm.id), needs, arm.flops))
+        steps.append(Step(f"{arm.id}, measured", c, "evaluate", (arm.id,), frozenset({arm.id})))
+    for family, languages in families.items():
+        for method in c.merge_methods:
+            name = f"merge-{method}-{family}"
+            needs = frozenset({*languages, f"{c.base_language}-{family}"})
+            steps.append(Step(name, c, "merge", (method, family), needs))
+            steps.append(Step(f"{name}, measured", c, "evaluate", (name,), frozenset({name})))
+    count = itertools.count(1)
+    carry_out(steps, jobs, study.data, study.reuse, lambda name: study.say(f"[{next(count)}/{len(steps)}] {name}"))
+
+
 def equal_groups(config: ExperimentConfig, spend: Budgets, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The comparisons the study makes, each between models whose ledgers are the same integer.
 
@@ -340,25 +396,32 @@ def equal_groups(config: ExperimentConfig, spend: Budgets, rows: list[dict[str, 
     wanted = [
         (
             "base models after the base language",
+            "total",
             spend.english,
             lambda row: row["kind"] == "base" and row["id"] != f"{base}-seed",
         ),
-        ("adaptations to one language", spend.english + spend.adapt, lambda row: row["kind"] == "language"),
+        ("adaptations to one language", "total", spend.english + spend.adapt, lambda row: row["kind"] == "language"),
         (
             "joint training, and merges of all languages",
+            "total",
             spend.english + n * spend.adapt,
-            lambda row: row["kind"] in ("joint", "merge"),
+            lambda row: row["kind"] == "joint" or (row["kind"] == "merge" and not reads_text(row["method"])),
+        ),
+        (
+            "merges that read text, without what that costs",
+            "inherited",
+            spend.english + n * spend.adapt,
+            lambda row: row["kind"] == "merge" and reads_text(row["method"]),
         ),
     ]
     groups = []
-    for what, flops, member in wanted:
+    for what, by, flops, member in wanted:
         members = [row for row in rows if member(row)]
         for row in members:
-            if row["total"] != flops:
-                raise HyperLlamaError(
-                    f"{row['id']} ends at {row['total']} FLOPs, the arms it is compared with at {flops}"
-                )
-        groups.append({"what": what, "by": "total", "flops": flops, "ids": [row["id"] for row in members]})
+            if row[by] != flops:
+                raise HyperLlamaError(f"{row['id']} ends at {row[by]} FLOPs, the arms it is compared with at {flops}")
+        if members:
+            groups.append({"what": what, "by": by, "flops": flops, "ids": [row["id"] for row in members]})
     return groups
 
 
@@ -421,41 +484,6 @@ def _print_ledgers(study: Study, results: dict[str, Any]) -> None:
         for row in results["models"]:
             if row["id"] in group["ids"]:
                 study.say(f"  {row['id']:<32} {row['inherited']:>22,} inherited + {row['spent']:>20,} spent")
-
-
-def _part(source: Path, language: str, part: str) -> Path:
-    """text/<language>/<part>.jsonl, plain or gzipped."""
-    for suffix in (".jsonl", ".jsonl.gz"):
-        file = source / "text" / language / f"{part}{suffix}"
-        if file.is_file():
-            return file
-    raise HyperLlamaError(f"{source / 'text' / language} has no {part}.jsonl or {part}.jsonl.gz")
-
-
-def _lines(file: Path) -> Iterable[str]:
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            yield from lines
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise HyperLlamaError(f"{file} cannot be read: {error}") from None
-
-
-def _head(source: Path, out: Path, limit: int, after: int = 0) -> None:
-    """The first documents of a JSONL file after `after` of them, up to `limit` bytes of lines but at least one."""
-    with out.open("w", encoding="utf-8") as file:
-        for line in islice(_lines(source), after, None):
-            if file.tell() and file.tell() + len(line.encode()) > limit:
-                break
-            file.write(line)
-
-
-def _spread(source: Path, out: Path, count: int) -> None:
-    """`count` lines of a JSONL file, evenly spaced: files are often sorted by phenomenon. No file, no pairs."""
-    if not source.is_file() or not count:
-        return
-    lines = list(_lines(source))
-    keep = min(count, len(lines))
-    out.write_text("".join(lines[i * len(lines) // keep] for i in range(keep)), encoding="utf-8")
 
 
 class _PlainDumper(yaml.SafeDumper):

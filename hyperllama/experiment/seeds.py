@@ -3,7 +3,7 @@
     <results>/sweep.json            every trial of the sweep: group, rate, bits per byte, FLOPs; the rates chosen
     <results>/single-<seed>.json    the whole grid at the recipe's rate
     <results>/tuned-<seed>.json     the whole grid at the chosen rates
-    <article>                       what they say together, written anew after every seed
+    <article>                       what they say together, written anew after each of them
 
 A file that is there, and of these settings, is not made again: results can be committed, and a study goes on from them anywhere.
 Seeds differ in initial weights, order of data and growth noise; tokenizer, shards and development text are one for all.
@@ -22,11 +22,13 @@ from pydantic import Field
 from hyperllama.config import Settings, override, read_yaml, validated
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.article import article
+from hyperllama.experiment.jobs import Step, carry_out
 from hyperllama.experiment.recipe import FAMILIES, SCRATCH, Arm, ExperimentConfig, budgets, grid
-from hyperllama.experiment.run import Study, _cost, _head, _part, run_experiment
+from hyperllama.experiment.run import Study, run_experiment, window_cost
 from hyperllama.files import read_json, write_json, write_text
 
 VARIANTS = ("single", "tuned")
+PATHS = {"name", "out", "seed", "seeds", "results", "article", "corpus"}  # settings that decide no result
 
 
 class SweepSettings(Settings):
@@ -54,7 +56,7 @@ class SeedsConfig(ExperimentConfig):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the results of a seed, paths aside."""
-        return self.model_dump(exclude={"name", "out", "seed", "seeds", "results", "article", "corpus"}, mode="json")
+        return self.model_dump(exclude=PATHS, mode="json")
 
 
 def load_seeds(recipe: str | Path, assignments: list[str] | None = None) -> SeedsConfig:
@@ -92,8 +94,8 @@ def describe_seeds(config: SeedsConfig) -> dict[str, Any]:
     }
 
 
-def run_seeds(config: SeedsConfig) -> dict[str, Any]:
-    """Run or resume the sweep and every seed; returns what the article is written from.
+def run_seeds(config: SeedsConfig, jobs: int = 1) -> dict[str, Any]:
+    """Run or resume the sweep and every seed, `jobs` steps at a time; returns what the article is written from.
 
     Raises HyperLlamaError for bad input, and for results of other settings.
     """
@@ -102,19 +104,24 @@ def run_seeds(config: SeedsConfig) -> dict[str, Any]:
     if not all([_finished(config, file) for file in wanted]):  # all of them: other settings are refused before any work
         Study(config.one("data", config.seed)).prepare()
     if not _finished(config, results / "sweep.json"):
-        write_json(results / "sweep.json", _sweep(config, data))
+        write_json(results / "sweep.json", _sweep(config, data, jobs))
     chosen = read_json(results / "sweep.json")["chosen"]
-    for seed in config.seeds:
-        for variant in VARIANTS:
-            file = results / f"{variant}-{seed}.json"
-            if _finished(config, file):
-                continue
+    for variant, other, seed in _order(config.seeds):
+        file = results / f"{variant}-{seed}.json"
+        if not _finished(config, file):
             rates = chosen if variant == "tuned" else {}
-            reuse = None if variant == "single" else Path(config.out) / f"single-{seed}"
-            found = run_experiment(config.one(f"{variant}-{seed}", seed, rates), data, reuse)
+            reuse = Path(config.out) / f"{other}-{seed}"
+            found = run_experiment(config.one(f"{variant}-{seed}", seed, rates), data, reuse, jobs)
             write_json(file, _compact(config, found, variant, seed, rates))
-        _write_article(config)
+            _write_article(config)
     return _write_article(config)
+
+
+def _order(seeds: list[int]) -> list[tuple[str, str, int]]:
+    """(variant, the other one, seed): the first seed whole, then the others at the chosen rates, then at the single one."""
+    single, tuned = VARIANTS
+    last = [(tuned, single, seed) for seed in seeds[1:]] + [(single, tuned, seed) for seed in seeds[1:]]
+    return [(single, tuned, seeds[0]), (tuned, single, seeds[0]), *last]
 
 
 def _finished(config: SeedsConfig, file: Path) -> bool:
@@ -169,7 +176,8 @@ def _compact(
 
 
 def _measures(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {tag: {key: cell[key] for key in ("bytes", "nll_nats", "bits_per_byte")} for tag, cell in cells.items()}
+    keys = ("bytes", "nll_nats", "bits_per_byte", "pairs", "accuracy")
+    return {tag: {key: cell[key] for key in keys if key in cell} for tag, cell in cells.items()}
 
 
 def _trials(config: SeedsConfig, arms: list[Arm]) -> tuple[dict[str, str], set[str]]:
@@ -188,34 +196,23 @@ def _trials(config: SeedsConfig, arms: list[Arm]) -> tuple[dict[str, str], set[s
     return tried, needed - set(tried.values())
 
 
-def _sweep(config: SeedsConfig, data: Path) -> dict[str, Any]:
+def _sweep(config: SeedsConfig, data: Path, jobs: int) -> dict[str, Any]:
     """Train each group's arm at every rate, from the best of what it starts from; measure on the sweep's own text."""
-    from hyperllama.evaluate import evaluate_folder
-
-    assert config.corpus is not None or config.sample is not None
     study = Study(config.one("sweep", config.sweep.seed), data)
     model = config.model.resolve(config.vocab, config.seq_len)
     arms = grid(config, budgets(config, model))
     tried, needed = _trials(config, arms)
     group_of = {name: group for group, name in tried.items()}
-    source = Path(config.corpus) if config.corpus else data / "corpus"
-    texts = {}
-    for language in (config.base_language, config.sweep.language):
-        texts[language] = study.out / "dev" / f"{language}.jsonl"
-        texts[language].parent.mkdir(parents=True, exist_ok=True)
-        measured = sum(1 for _ in (data / "dev" / f"{language}.jsonl").open(encoding="utf-8"))
-        _head(_part(source, language, "dev"), texts[language], config.sweep.dev_bytes, measured)
-        if not texts[language].stat().st_size:
-            raise HyperLlamaError(
-                f"dev_bytes ({config.dev_bytes}) leaves no development text of {language} for the sweep: lower it"
-            )
+    texts = {tag: study.out / "dev" / f"{tag}.jsonl" for tag in (config.base_language, config.sweep.language)}
+    for language, file in texts.items():
+        study.further(language, file, config.sweep.dev_bytes, "the sweep")
     best: dict[str, str] = {}  # arm -> the trial that stands for it
     chosen: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     for arm in arms:
         if arm.id not in tried.values() and arm.id not in needed:
             continue
-        cost, start = _cost(config, model, arm), best.get(arm.start or "", arm.start)
+        cost, start = window_cost(config, model, arm), best.get(arm.start or "", arm.start)
         group = group_of.get(arm.id)
         if group is None:
             fixed = replace(arm, start=start)
@@ -223,15 +220,15 @@ def _sweep(config: SeedsConfig, data: Path) -> dict[str, Any]:
             study.run_arm(fixed, cost, f"sweep: {arm.id}")
             rows.append({"group": None, "arm": arm.id, "rate": chosen.get(arm.group), "flops": arm.flops})
             continue
-        bits: dict[float, float] = {}
+        text, steps = texts[arm.language or config.base_language], []
         for rate in config.sweep.rates:
             trial = replace(arm, id=f"{arm.id}-{rate:g}", start=start)
-            study.config = study.config.model_copy(update={"rates": chosen | {group: rate}})
-            study.run_arm(trial, cost, f"sweep: {arm.id} at {rate:g}")
-            text = texts[arm.language or config.base_language]
-            measured_texts = evaluate_folder(study.folder(trial.id), [text], [], seq_len=config.seq_len)["texts"]
-            bits[rate] = measured_texts[str(text)]["bits_per_byte"]
-            rows.append({"group": group, "arm": arm.id, "rate": rate, "flops": arm.flops, "bits_per_byte": bits[rate]})
+            settings = study.config.model_copy(update={"rates": chosen | {group: rate}})
+            steps.append(Step(f"sweep: {arm.id} at {rate:g}", settings, "trial", (trial, cost, text)))
+        found = carry_out(steps, jobs, data, None, study.say)
+        bits = {rate: found[step.name] for rate, step in zip(config.sweep.rates, steps, strict=True)}
+        row = {"group": group, "arm": arm.id, "flops": arm.flops}
+        rows += [row | {"rate": rate, "bits_per_byte": value} for rate, value in bits.items()]
         chosen[group] = min(bits, key=lambda rate: bits[rate])
         best[arm.id] = f"{arm.id}-{chosen[group]:g}"
     return {

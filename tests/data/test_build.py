@@ -183,6 +183,13 @@ def test_budgets_of_documents_characters_fractions_and_shares(corpus, tokenizer,
         source = {"files": str(corpus / "a.jsonl"), **budget}
         build(recipe(tmp_path / f"{number}", tokenizer, source), tokenizer)
         assert texts(tmp_path / f"{number}", tokenizer) == plain[:count]
+    halves = []
+    for number, budget in enumerate(({"fraction": 0.29}, {"skip": 0.29}, {"skip": 0.29, "fraction": 0.1})):
+        source = {"files": str(corpus / "a.jsonl"), "shuffle": True, **budget}
+        manifest = build(recipe(tmp_path / f"half{number}", tokenizer, source), tokenizer)
+        halves.append(texts(tmp_path / f"half{number}", tokenizer))
+    assert Counter(halves[0] + halves[1]) == Counter(plain) and halves[2] == halves[1][:10]  # 10.7 of what is left
+    assert manifest["taken"][str(corpus / "a.jsonl")]["passed_over"] == 43
     replay = {"files": str(corpus / "a.jsonl"), "share": 0.1, "shuffle": True, "name": "replay"}
     manifest = build(recipe(tmp_path / "r", tokenizer, {"files": str(corpus / "b.jsonl.gz")}, replay), tokenizer)
     taken = manifest["taken"]["replay"]["characters"] / manifest["characters"]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from hyperllama.config import RunConfig, load_run, validated
+from hyperllama.data.recipe import load_data_recipe
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.campaign import commands, describe, finished, gpu_hours, levels, run_grid, write_recipes
 from hyperllama.experiment.paper import Grid, Run, load_paper, merge_values, paper_grid, run_values
@@ -58,7 +60,7 @@ def grid() -> Grid:
 @pytest.fixture(scope="module")
 def written(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("paper") / "recipes"
-    assert write_recipes(grid, folder) == {"runs": 21, "merges": 390}
+    assert write_recipes(grid, folder) == {"data": 23, "runs": 21, "merges": 390}
     return folder
 
 
@@ -149,6 +151,29 @@ def test_stages_have_the_papers_windows(grid: Grid) -> None:
             assert [tuple(stage.windows.values()) for stage in run_of(grid, name).stages] == passes
         rows = [sum(stage.windows.values()) % 5120 for stage in run_of(grid, f"180M-{language}-1x").stages]
         assert rows == LAST_ROWS[language]
+
+
+def test_every_source_of_a_run_has_a_data_recipe_of_the_papers_share(grid: Grid, written: Path) -> None:
+    recipes = {file.stem: load_data_recipe(file) for file in (written / "data").iterdir()}
+    windows = {name: count for run in grid.runs for stage in run.stages for name, count in stage.windows.items()}
+    assert recipes.keys() == windows.keys()
+    assert all(recipe.out == f"shards/{name}" and recipe.tokenizer == "tokenizer" for name, recipe in recipes.items())
+    for name, share in {"persian": 0.99, "estonian": 0.17, "icelandic": 0.05, "faroese": 0.01, "swedish": 1}.items():
+        for kind, swedish, of in (("english", 0.01, 729355), ("code", 0.05, 81680)):
+            (source,) = recipes[f"{kind}-replay-{name}"].sources
+            assert source.fraction == pytest.approx(swedish * share)
+            assert windows[f"{kind}-replay-{name}"] / of == pytest.approx(share, rel=0.03)
+    halves = [recipes[f"english-base-{half}"].sources[0] for half in (1, 2)]
+    assert [(half.skip, half.fraction, half.drop_ids) for half in halves] == [
+        (None, 0.5, "ids/test_ids.txt"), (0.5, None, "ids/test_ids.txt"),
+    ]  # fmt: skip
+    for name in ("estonian", "english-replay-estonian", "code-replay-estonian"):
+        part, whole = (recipes[f"{name}{end}"].sources[0].fraction or 1.0 for end in ("-part", ""))
+        assert part / whole == pytest.approx(windows[f"{name}-part"] / windows[name], rel=0.01)
+    mixed = recipes["multilingual"]
+    passes = Counter(str(source.name).split(",")[0] for source in mixed.sources)
+    assert passes["estonian"] == 4 and passes["faroese"] == passes["icelandic"] == 6 and passes["swedish"] == 1
+    assert mixed.shuffle and sum(windows[name] * times for name, times in passes.items()) == 112_331_612
 
 
 def test_all_390_merges_parse_and_plan_onto_their_true_parents(grid: Grid, written: Path) -> None:
@@ -288,6 +313,10 @@ def test_the_command_plans_prints_and_refuses(tmp_path: Path) -> None:
     assert command(TABLE, "--print", "slurm", "--recipes", "here").stdout.count("train.py here/runs/") == 21
     for arguments, sentence in (
         ((TABLE, "--print", "slrum"), "--print slrum: did you mean 'slurm'"),
+        (
+            (TABLE, "languages.swedish.stages.0.windows={svenska: 31334642}", "--write", tmp_path / "new"),
+            "has no svenska",
+        ),
         ((TABLE, "--write", ROOT / "recipes"), "already exists"),
         ((ROOT / "recipes" / "demo.yaml", "--write", tmp_path / "new"), "is a study, not a table of runs"),
     ):

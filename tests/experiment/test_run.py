@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.recipe import FAMILIES, load_experiment
 from hyperllama.experiment.run import curve, describe, run_experiment
+from hyperllama.flops import window_flops
 from hyperllama.hub import open_folder
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,11 @@ SETTINGS: dict[str, Any] = {
     "schedule": {"warmup_steps": 2},
     "english_tokens": 8960,
     "adapt_tokens": 1792,
+    "merge_methods": ["linear", "ties", "token_counts", "adam_v_learnt_by_row", "regmean"],
+    "learn": {"bytes": 800, "steps": 2, "windows": 6},
+    "dev_bytes": 1500,
 }
+LEARNT = {f"merge-{method}-{family}" for method in ("adam_v_learnt_by_row", "regmean") for family in FAMILIES}
 
 
 def recipe(folder: Path, **changes: Any) -> Path:
@@ -58,16 +63,42 @@ def test_compared_arms_end_at_the_same_integer(results):
     rows = {row["id"]: row for row in results["models"]}
     spend = results["budgets"]
     assert [group["flops"] for group in results["equal"]] == [
-        spend["english"], spend["english"] + spend["adapt"], spend["english"] + 2 * spend["adapt"],
+        spend["english"], spend["english"] + spend["adapt"], *[spend["english"] + 2 * spend["adapt"]] * 2,
     ]  # fmt: skip
     ids = [set(group["ids"]) for group in results["equal"]]
     assert ids[0] == {"eng-1x", "eng-2x", "eng-2x-scratch"}
     assert ids[1] == {f"{tag}-{family}" for tag in ("swe", "fas") for family in FAMILIES}
-    merges = {f"merge-{method}-{family}" for method in ("linear", "task_arithmetic", "ties") for family in FAMILIES}
+    merges = {f"merge-{method}-{family}" for method in ("linear", "ties", "token_counts") for family in FAMILIES}
     assert ids[2] == merges | {f"joint-{family}" for family in (*FAMILIES, "2x-scratch")}
-    for group in results["equal"]:
+    for group in results["equal"][:3]:
+        assert group["by"] == "total"
         assert all(rows[name]["spent"] + rows[name]["inherited"] == group["flops"] for name in group["ids"])
-    assert all(row["spent"] == 0 for row in results["models"] if row["kind"] in ("clone", "merge"))
+    assert all(
+        row["spent"] == 0 for row in results["models"] if row["kind"] in ("clone", "merge") and row["id"] not in LEARNT
+    )
+
+
+def test_a_merge_that_reads_text_is_equal_but_for_what_that_cost(study, results):
+    """Steps x windows of training for what is learnt, and its total lies beyond the joint runs' by that much."""
+    rows, group = {row["id"]: row for row in results["models"]}, results["equal"][3]
+    assert set(group["ids"]) == LEARNT and group["by"] == "inherited"
+    for name in LEARNT:
+        assert rows[name]["inherited"] == group["flops"] == rows["joint-1x"]["total"]
+        assert rows[name]["total"] == group["flops"] + rows[name]["spent"] > group["flops"]
+    config = load_experiment(recipe(study.parent))
+    shape = config.model.resolve(config.vocab, config.seq_len)
+    assert rows["merge-adam_v_learnt_by_row-1x"]["spent"] == 2 * 6 * window_flops(shape, 32)
+    assert rows["merge-adam_v_learnt_by_row-2x"]["spent"] == 2 * 6 * window_flops(shape.grown(2), 32)
+
+
+def test_text_to_learn_on_is_not_measured(study, results):
+    for tag in results["languages"]:
+        measured, learnt = ((study / "dev" / f"{tag}{kind}.jsonl").read_text().splitlines() for kind in ("", ".learn"))
+        assert measured and learnt and not set(measured) & set(learnt)
+    recipe = yaml.safe_load((study / "merges" / "merge-adam_v_learnt_by_row-2x.yaml").read_text())
+    assert recipe["hyperllama"]["learn"]["texts"] == [
+        str(study / "dev" / f"{tag}.learn.jsonl") for tag in results["languages"]
+    ]
 
 
 def test_every_model_is_measured_on_every_language(results):
@@ -106,12 +137,16 @@ def test_there_is_a_report_with_plots(study):
 
 
 def test_interrupted_and_resumed_elsewhere_it_gives_the_same_bytes(study, tmp_path):
-    """Ctrl-C in the third arm, then SIGKILL in a later one, then to the end, in another folder."""
+    """Ctrl-C in an arm, SIGTERM with two jobs, then SIGKILL in a later arm, then to the end by two, in another folder."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "hyperllama", "experiment", str(recipe(tmp_path))]
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for arm, number, code in (("eng-1x", signal.SIGINT, 130), ("fas-2x", signal.SIGKILL, -9)):
-        process = subprocess.Popen(command, cwd=ROOT, env=threads, stderr=subprocess.PIPE, text=True)
+    for arm, jobs, number, code in (
+        ("eng-1x", 1, signal.SIGINT, 130), ("fas-1x", 2, signal.SIGTERM, 143), ("fas-2x", 1, signal.SIGKILL, -9)
+    ):  # fmt: skip
+        process = subprocess.Popen(
+            [*command, "--jobs", str(jobs)], cwd=ROOT, env=threads, stderr=subprocess.PIPE, text=True
+        )
         deadline = time.monotonic() + 120
         while not (out / "runs" / arm / "metrics.jsonl").is_file():
             assert time.monotonic() < deadline and process.poll() is None
@@ -120,7 +155,7 @@ def test_interrupted_and_resumed_elsewhere_it_gives_the_same_bytes(study, tmp_pa
         _, errors = process.communicate(timeout=60)
         assert process.returncode == code, errors
         assert not (out / "results.json").exists()
-    done = subprocess.run(command, cwd=ROOT, env=threads, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--jobs", "2"], cwd=ROOT, env=threads, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name in ("results.json", "report.html", "evaluation.csv", "loss.png"):
         assert (out / name).read_bytes() == (study / name).read_bytes()
@@ -159,6 +194,7 @@ def test_another_recipe_is_refused_in_the_same_folder(study):
         ({"sample": None}, "either sample"),
         ({"targets": ["eng"]}, "targets must be different languages"),
         ({"adapt_tokens": 40}, "adapt_tokens is 40, but budgets that all arms share are multiples of"),
+        ({"dev_bytes": 10**9}, "leaves no development text of eng for merges to learn on: lower it"),
         ({"merge_methods": ["lineer"]}, "merge_methods: 'lineer' is unknown; did you mean 'linear'"),
         ({"merge_method": []}, "unknown key merge_method; did you mean 'merge_methods'"),
         ({"sample": None, "corpus": "nowhere"}, "text/eng has no train.jsonl"),
