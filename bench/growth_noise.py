@@ -5,7 +5,7 @@
 A model of 180,800 parameters reads a third of the windows, doubles its width, and reads the rest: generated English text, no
 window twice, fp32. Seeds differ in the model's beginning, the noise, and the order of windows; all arms of a seed read the same
 windows at the same cost and have one past. A loss is the training loss before the update, so of windows not seen before. `end` is
-its mean over the last 20 steps, `after` over all that follow growth; differences are those of an arm to DEFAULT, paired over
+its mean over the last 20 steps, `after` over all that follow growth; differences are those of an arm to BASE, paired over
 seeds, with 95 % intervals (t).
 """
 
@@ -32,7 +32,7 @@ from hyperllama.train.plan import Plan, make_plan
 
 from .environment import environment, without_paths
 
-DEFAULT = "exact, carry, 10 dB"
+BASE = "exact, carry, 10 dB"
 END = 20  # steps
 UNEVEN = "uneven"  # shares of heads and neurons as LEMON's, not a key of `grow`
 Arm = tuple[str, str, float | str | None]  # lr_factors, optimizer, noise in dB
@@ -109,10 +109,10 @@ def trained(work: Path, seed: int, windows: int, arm: str) -> dict[str, Any]:
 
 
 def compared(rows: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Means of every arm over the seeds that it and DEFAULT have, and differences to it with half their intervals."""
+    """Means of every arm over the seeds that it and BASE have, and differences to it with half their intervals."""
     found = {}
     for arm, seeds in rows.items():
-        both = [(row, rows[DEFAULT][seed]) for seed, row in seeds.items() if seed in rows[DEFAULT]]
+        both = [(row, rows[BASE][seed]) for seed, row in seeds.items() if seed in rows[BASE]]
         found[arm] = {key: mean(row[key] for row, _ in both) for key in ("end", "after", "asymmetry")}
         for key in ("end", "after"):
             found[arm][f"{key}_difference"] = interval([row[key] - base[key] for row, base in both])
@@ -122,7 +122,7 @@ def compared(rows: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The comparison in Markdown; differences in thousandths."""
     lines = [
-        f"| arm | end | - ({DEFAULT}), 1e-3 | after growth | difference | asymmetry |",
+        f"| arm | end | - ({BASE}), 1e-3 | after growth | difference | asymmetry |",
         "|---|---|---|---|---|---|",
     ]
     for arm, row in found.items():
@@ -151,7 +151,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         prepare(work, arguments.windows)
-        for seed, arm in product(arguments.seeds, dict.fromkeys([DEFAULT, *arguments.arms])):
+        for seed, arm in product(arguments.seeds, dict.fromkeys([BASE, *arguments.arms])):
             if str(seed) in rows.setdefault(arm, {}):
                 continue
             rows[arm][str(seed)] = trained(work, seed, arguments.windows, arm)
