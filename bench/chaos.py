@@ -1,6 +1,6 @@
 """A run that is killed, damaged, filled up and stopped, against one that is not: the same weights and metrics, bit for bit.
 
-    python -m bench.chaos [--quick] [--kills 50] [--seed 0] [--only-one] [--json]
+    python -m bench.chaos [--quick] [--kills 50] [--seed 0] [--only-one] [--json] [--out bench/results]
 
 One tiny run on a small tmpfs meets, in random order and at random moments:
     SIGKILL, half of them while a checkpoint is being written
@@ -13,6 +13,7 @@ code is 1 when anything differs. Processes are forked from one that has imported
 """
 
 import argparse
+import datetime
 import json
 import os
 import random
@@ -38,7 +39,10 @@ from hyperllama.data.build import build_shards
 from hyperllama.data.sample import write_corpus
 from hyperllama.data.tokenizer import train_tokenizer
 from hyperllama.errors import HyperLlamaError, Lost
+from hyperllama.files import write_json
 from hyperllama.train.loop import train
+
+from .environment import device_slug, environment, without_paths
 
 TMPFS_BYTES = 16 << 20  # a checkpoint is 1.2 MB: two kept, one in the making and the model fit
 EVERY = 5  # steps between checkpoints
@@ -406,6 +410,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of moments, bits and victims")
     parser.add_argument("--only-one", action="store_true", help="leave out the run of two processes")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write <FOLDER>/<device>/chaos.json")
     arguments = parser.parse_args()
     began = time.monotonic()
     kills = arguments.kills or (12 if arguments.quick else 50)
@@ -413,6 +418,11 @@ def main() -> int:
         kills, arguments.seed, lambda line: print(line, file=sys.stderr, flush=True), pairs=not arguments.only_one
     )
     result["seconds"] = round(time.monotonic() - began, 1)
+    if arguments.out:
+        about = environment("cpu")
+        command = ["bench.chaos", *map(without_paths, sys.argv[1:])]
+        made = {"date": datetime.date.today().isoformat(), "command": command, "environment": about, "chaos": result}
+        write_json(arguments.out / device_slug(about["device"]) / "chaos.json", made)
     print(json.dumps(result, indent=1) if arguments.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     return 1 if result["problems"] else 0
 

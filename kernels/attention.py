@@ -225,6 +225,11 @@ def _runs_csrc(device: str, dtype: torch.dtype) -> bool:
     return choose({"reference": forward_reference, "csrc": forward_csrc}, like) is forward_csrc
 
 
+@torch.compiler.assume_constant_result
+def _has_csrc() -> bool:
+    return library() is not None
+
+
 def obstacle(backend: str, qkv: Tensor, num_heads: int, num_kv_heads: int, cu_seqlens: Tensor | None) -> str | None:
     """Why `backend` can't do this, as the end of a sentence; None when it can. Whether a library is there is not asked."""
     head, dtype = _head(qkv, num_heads, num_kv_heads), str(qkv.dtype).removeprefix("torch.")
@@ -233,7 +238,7 @@ def obstacle(backend: str, qkv: Tensor, num_heads: int, num_kv_heads: int, cu_se
     if backend == "csrc":
         if qkv.device.type != "cpu":
             return f"runs on CPU tensors; these are on {qkv.device}"
-        if library() is None:
+        if not _has_csrc():
             return "needs a C++ compiler when hyperllama is installed, and there was none"
         if qkv.dtype in DTYPES["csrc"] and _fits_csrc(head):
             return None

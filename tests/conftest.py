@@ -33,3 +33,17 @@ def number_of_threads():
 def pytest_configure():
     """A job that a shell starts in the background ignores SIGINT, and so would all processes that tests interrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """What a CUDA graph is for a test: the work over tensors that stay, done at every replay. Returns what was recorded."""
+    made = []
+
+    def record(work):
+        made.append(work)
+        return work
+
+    for module in ("micro", "update"):
+        monkeypatch.setattr(f"hyperllama.train.{module}.record", record)
+    return made

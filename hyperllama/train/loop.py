@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from hyperllama import __version__
 from hyperllama.checkpoint import Checkpointer, adam_v, checkpoints, export_model
@@ -20,16 +19,12 @@ from hyperllama.data.loader import Loader, micro_batches, nothing
 from hyperllama.errors import Diverged, HyperLlamaError, Stopped, WrongIndex
 from hyperllama.files import read_json, write_json, write_text
 from hyperllama.flops import Ledger, window_flops
-from hyperllama.kernels.adamw import adamw
-from hyperllama.kernels.grad_norm import grad_norm
-from hyperllama.keys import key_of
 from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks, no_collections
 from hyperllama.progress import console, progress_bar
 from hyperllama.train.attention import attention_backend
 from hyperllama.train.distributed import Processes, deterministic, processes
 from hyperllama.train.folder import only_run, plot_runs, write_environment
 from hyperllama.train.metrics import Events, Metrics, PlainProgress, device_name, peak_flops, speed_text
-from hyperllama.train.parallel import whole_norm
 from hyperllama.train.plan import PLACING, WATCHING, Plan, make_plan
 from hyperllama.train.state import State
 from hyperllama.train.watch import Evaluation, Logs, Profile
@@ -45,7 +40,7 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
     """
     out = Path(config.out)
     with processes(config.device, config.timeout_seconds) as mine, deterministic(config.deterministic):
-        if config.cuda_graphs and mine.device.type != "cuda":
+        if config.cuda_graphs is True and mine.device.type != "cuda":
             raise HyperLlamaError("cuda_graphs: this run has no CUDA device to record on")
         plan = make_plan(config)
         check_folder(plan)
@@ -76,7 +71,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     mine.doing(0, "reading the newest checkpoint")
     run = State.start(plan, mine, attention, say)
     _warn_of_symmetry(run, say)
-    lr = torch.zeros((), device=mine.device)
+    run.choose_graphs(say)
     peak = peak_flops(device_name(mine.device), mine.world, plan.dtype)
     logs = Logs(config, run.ledger.run, run.step, write=mine.is_main)
     metrics = Metrics(out / "metrics.jsonl", run.step, say, write=mine.is_main, log=logs)
@@ -131,8 +126,9 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 mine.doing(run.step + 1, "growing")
                 run.grow()
                 _warn_of_symmetry(run, say)
+                run.choose_graphs(say)
             profile.before(run.step + 1)
-            model, arena, groups, exchange = run.model, run.arena, run.groups, run.exchange
+            model, arena, exchange = run.model, run.arena, run.exchange
             count = min(config.global_batch, plan.windows - run.windows)
             mine.doing(run.step + 1, "reading the batch")
             batch = loader.batch(run.windows, count)
@@ -160,28 +156,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
             mine.sum_(loss)
 
             run.step, run.windows = run.step + 1, run.windows + count
-            own_grad = arena.own("grad")
-            norm = grad_norm(own_grad, *((groups.of_line, groups.norm_weights) if groups else ()))
-            norm = whole_norm(norm, arena, mine)
-            clip = clip_or_skip(loss, norm, o.clip_norm)
-            run.updates += clip > 0
-            adamw(
-                arena.master,
-                own_grad,
-                arena.m,
-                arena.v,
-                arena.own("weights") if arena.rounds else None,
-                lr=lr.fill_(plan.lr(run.step)),
-                beta1=o.beta1,
-                beta2=o.beta2,
-                eps=o.eps,
-                weight_decay=o.weight_decay,
-                step=run.updates,
-                clip=clip,
-                groups=groups.of_line if groups else None,
-                scales=groups.scales if groups else None,
-                rounding=key_of(config.seed, "rounding", arena.span.start) if o.masters == "bf16" else None,
-            )
+            norm = run.update(loss, plan.lr(run.step))  # clip, or skip the step; AdamW
             exchange.send()
 
             run.ledger.spent = plan.spent(run.windows)
@@ -238,6 +213,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
         "bits_per_byte": metrics.last.get("bits_per_byte"),
         "plan": plan.describe(),
         "attention": attention,
+        "cuda_graphs": run.graphs,
         "seconds": run.seconds,
         "device": device_name(mine.device),
         "processes": mine.world,
@@ -252,12 +228,6 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     if stop.signal:
         raise Stopped(stop.signal, "the run was done when the signal came; its model is written")
     return record
-
-
-def clip_or_skip(loss: Tensor, norm: Tensor, limit: float | None) -> Tensor:
-    """What gradients are multiplied by, decided on the device: 0, with which adamw skips the step, when anything is not finite."""
-    clip = torch.ones_like(norm) if limit is None else torch.clamp(limit / (norm + 1e-6), max=1.0)
-    return torch.where(torch.isfinite(loss) & torch.isfinite(norm), clip, 0.0)
 
 
 def _warn_of_symmetry(run: State, say: Events) -> None:

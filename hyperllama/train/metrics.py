@@ -67,7 +67,7 @@ class Events:
 class Metrics:
     """Collects steps on the device, writes them when asked to: one host sync a flush, not a step.
 
-    A step whose loss or gradient norm is not finite was skipped (see `clip_or_skip` in loop.py): its line says so, with null for
+    A step whose loss or gradient norm is not finite was skipped (see `clip_or_skip` in update.py): its line says so, with null for
     both, and `say` names its windows. `skipped_in_a_row` counts such steps up to the last flush. What a full disk refuses is kept
     and written with a later flush; until then `problem` says what is wrong. `log` is given every line too.
     """

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from hyperllama.model import Llama
+from hyperllama.train.graphs import WARM_UP, record
 from hyperllama.train.parallel import Replicas, Shards
-
-WARM_UP = 3  # micro-batches before a graph is captured: kernels compile, libraries take their workspaces
 
 
 class MicroStep:
@@ -64,7 +63,7 @@ class Graphed(MicroStep):
             if self.seen[ids.shape, loss_weight] <= WARM_UP:
                 return super().__call__(ids, targets, borders, loss_weight)
             self.ids, self.targets, self.recorded = ids.clone(), targets.clone(), loss_weight
-            self.replay = self._record()
+            self.replay = record(self._once)
         if ids.shape != self.ids.shape or loss_weight != self.recorded:
             return super().__call__(ids, targets, borders, loss_weight)
         self.ids.copy_(ids, non_blocking=True)
@@ -75,11 +74,3 @@ class Graphed(MicroStep):
     def _once(self) -> None:
         """What is recorded."""
         self.last = super().__call__(self.ids, self.targets, None, self.recorded)
-
-    def _record(self) -> Callable[[], None]:
-        """Record without running."""
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            self._once()
-        return graph.replay

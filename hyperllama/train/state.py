@@ -14,14 +14,17 @@ from hyperllama.flops import Ledger
 from hyperllama.grow.symmetry import clone_factors, layer_asymmetry
 from hyperllama.grow.tensors import grow_arena
 from hyperllama.hub import stored_weights
+from hyperllama.keys import key_of
 from hyperllama.model import Llama
 from hyperllama.names import logical_tensors
 from hyperllama.train.distributed import Processes
-from hyperllama.train.groups import Groups, parameter_groups
+from hyperllama.train.graphs import WARM_UP, seconds_of
+from hyperllama.train.groups import parameter_groups
 from hyperllama.train.metrics import Events
 from hyperllama.train.micro import Graphed, MicroStep
 from hyperllama.train.parallel import Replicas, Shards, exchange, grow_slices
 from hyperllama.train.plan import DTYPES, Plan
+from hyperllama.train.update import GraphedUpdate, Update
 
 
 @dataclass
@@ -39,7 +42,7 @@ class State:
     model: Llama
     exchange: Replicas | Shards
     micro_step: MicroStep
-    groups: Groups | None
+    update: Update
     ledger: Ledger
     updates: Tensor  # 0-dim int64 on the device: steps that AdamW's moments have seen, skipped ones left out
     step: int = 0
@@ -48,6 +51,7 @@ class State:
     counted: int = 0  # windows in token_counts
     earlier: float = 0.0  # seconds before this process
     began: float = field(default_factory=time.perf_counter)
+    graphs: dict[str, Any] = field(default_factory=lambda: {"recorded": False})  # see choose_graphs; for run.json
 
     @classmethod
     def start(cls, plan: Plan, mine: Processes, attention: dict[str, Any], say: Events) -> "State":
@@ -62,7 +66,9 @@ class State:
         )  # fmt: skip
         arena = whole if plan.growth is None or plan.grown_before(windows) else whole.tail(plan.model)
         updates = torch.zeros((), dtype=torch.int64, device=mine.device)
-        run = cls(plan, mine, attention, whole, arena, *_model(plan, arena, mine, attention), plan.ledger, updates)
+        run = cls(
+            plan, mine, attention, whole, arena, *_model(plan, arena, mine, attention, updates), plan.ledger, updates
+        )
         if saved:
             folder, state = saved
             load(folder, state, arena, slices(arena) if arena.whole else run.pieces())
@@ -107,9 +113,55 @@ class State:
             self.whole.v.zero_()
             self.updates.zero_()
         self.arena = self.whole
-        self.model, self.exchange, self.micro_step, self.groups = _model(
-            self.plan, self.arena, self.mine, self.attention
+        self.model, self.exchange, self.micro_step, self.update = _model(
+            self.plan, self.arena, self.mine, self.attention, self.updates
         )
+
+    def choose_graphs(self, say: Events) -> None:
+        """Record micro-batches and updates from here on where `cuda_graphs` says so; auto: where a micro-batch takes less time so.
+
+        What is measured are micro-batches of the run's size without meaning: gradients are left undefined, weights as they were.
+        The first process's clock decides for all. What can't be recorded is told and left as it stands.
+        """
+        config = self.plan.config
+        if config.cuda_graphs == "auto":
+            able = self.mine.device.type == "cuda" and not config.compile and config.never_replayed is None
+            self.graphs = self._faster_recorded(say) if able else {"recorded": False}
+        else:
+            self.graphs = {"recorded": config.cuda_graphs}
+        if self.graphs["recorded"]:
+            self.micro_step = Graphed(self.model, self.exchange, self.micro_step.z_loss)
+            u = self.update
+            self.update = GraphedUpdate(u.arena, u.groups, u.settings, u.updates, u.mine, u.rounding)
+
+    def _faster_recorded(self, say: Events) -> dict[str, Any]:
+        """Whether replayed micro-batches are faster, and the milliseconds of both."""
+        config, device, vocab = self.plan.config, self.mine.device, self.arena.config.vocab_size
+        rows = max(1, min(config.micro_batch, config.global_batch // self.mine.world))
+        ids = (torch.arange(rows * config.data.seq_len, device=device) % vocab).view(rows, -1)
+        graphed = Graphed(self.model, self.exchange, self.micro_step.z_loss)
+        self.exchange.settle()
+        self.exchange.last = False  # nothing is sent
+        ways = {"plain": lambda: self.micro_step(ids, ids, None, 1e-6), "graph": lambda: graphed(ids, ids, None, 1e-6)}
+        problem = None
+        try:
+            for _ in range(WARM_UP + 1):
+                ways["graph"]()
+        except RuntimeError as error:  # an op of a library that waits for the device, or not enough memory
+            problem = str(error).splitlines()[0]
+        if self.mine.largest_int(int(problem is not None)):
+            why = problem or "another process failed"
+            say("cuda_graphs", f"a micro-batch could not be recorded as a CUDA graph and runs as it stands: {why}")
+            return {"recorded": False}
+        took = seconds_of(ways, lambda: torch.cuda.synchronize(device))
+        recorded = bool(self.mine.largest_int(int(took["graph"] < took["plain"]) if self.mine.is_main else 0))
+        plain, graph = (round(1e3 * took[name], 3) for name in ("plain", "graph"))
+        say(
+            "cuda_graphs",
+            f"a micro-batch of {rows} windows takes {plain} ms as it stands and {graph} ms as a CUDA graph: "
+            f"{'recorded' if recorded else 'not recorded'}",
+        )
+        return {"recorded": recorded, "plain_ms": plain, "graph_ms": graph}
 
     def asymmetry(self) -> Tensor | None:
         """How far the copies of a clone have come apart, in the middle layer, on the device; None for a model that is no clone."""
@@ -172,9 +224,9 @@ class State:
 
 
 def _model(
-    plan: Plan, arena: Arena, mine: Processes, attention: dict[str, Any]
-) -> tuple[Llama, Replicas | Shards, MicroStep, Groups | None]:
-    """The model over an arena, its exchange with other processes, its micro-step, and the groups that its parameters update in."""
+    plan: Plan, arena: Arena, mine: Processes, attention: dict[str, Any], updates: Tensor
+) -> tuple[Llama, Replicas | Shards, MicroStep, Update]:
+    """The model over an arena, its exchange with other processes, its micro-step and its update."""
     growth, config = plan.growth, plan.config
     exact = growth is not None and config.grow is not None and config.grow.lr_factors == "exact"
     grown_by = (growth.operator, plan.model) if growth and exact and arena.config == growth.model else None
@@ -186,7 +238,6 @@ def _model(
     )  # fmt: skip
     between = exchange(arena, mine)
     model.exchange = between if mine.world > 1 and not config.compile else None
-    z_loss = config.optimizer.z_loss
-    if config.cuda_graphs:
-        return model, between, Graphed(model, between, z_loss), groups
-    return model, between, MicroStep(model, between, z_loss, compiled=config.compile), groups
+    rounding = key_of(config.seed, "rounding", arena.span.start) if config.optimizer.masters == "bf16" else None
+    update = Update(arena, groups, config.optimizer, updates, mine, rounding)
+    return model, between, MicroStep(model, between, config.optimizer.z_loss, compiled=config.compile), update

@@ -17,8 +17,9 @@ from hyperllama import cli
 from hyperllama.data.loader import Loader
 from hyperllama.errors import Diverged
 from hyperllama.kernels.backend import wrong_index_flag
-from hyperllama.train import loop
-from hyperllama.train.loop import clip_or_skip, train
+from hyperllama.train import update
+from hyperllama.train.loop import train
+from hyperllama.train.update import clip_or_skip
 from tests.study import run_config, settings
 
 ROOT = Path(__file__).parents[2]
@@ -62,11 +63,11 @@ def test_a_clip_of_zero_stands_for_what_is_not_finite():
 def flag_on_device(monkeypatch):
     """As a GPU's kernel tells: into the device's flag, read when the host next waits."""
 
-    def norm(grad, *groups, real=loop.grad_norm):
+    def norm(grad, *groups, real=update.grad_norm):
         wrong_index_flag(grad).fill_(2)
         return real(grad, *groups)
 
-    monkeypatch.setattr(loop, "grad_norm", norm)
+    monkeypatch.setattr(update, "grad_norm", norm)
 
 
 def ids_in_batch(monkeypatch):
@@ -105,7 +106,7 @@ def test_an_id_outside_the_vocabulary_is_a_sentence_and_exit_code_2(tell, study,
 @pytest.fixture
 def poison(monkeypatch):
     """Put NaN into the gradients of some steps, counted from here."""
-    real = loop.grad_norm
+    real = update.grad_norm
 
     def choose(steps):
         done = []
@@ -116,7 +117,7 @@ def poison(monkeypatch):
                 grad[:7] = NAN
             return real(grad)
 
-        monkeypatch.setattr(loop, "grad_norm", norm)
+        monkeypatch.setattr(update, "grad_norm", norm)
 
     return choose
 
