@@ -43,6 +43,7 @@ from hyperllama.files import write_json
 from hyperllama.train.loop import train
 
 from .environment import device_slug, environment, without_paths
+from .harness import Result, outcome
 
 TMPFS_BYTES = 16 << 20  # a checkpoint is 1.2 MB: two kept, one in the making and the model fit
 EVERY = 5  # steps between checkpoints
@@ -402,6 +403,13 @@ def prepare(work: Path) -> None:
     build_shards([text], tokenizer, work / "shards" / "eng", language="eng")
 
 
+def judged(result: dict[str, Any]) -> list[Result]:
+    """The target: disturbed runs equal the undisturbed ones."""
+    equal = float(not result["problems"])
+    what = "disturbed runs equal to the undisturbed"
+    return [outcome("chaos", {"kills": result["kills"]}, "share", what, 1.0, equal)]
+
+
 def main() -> int:
     """Disturb, compare, tell; 1 when anything differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -421,7 +429,8 @@ def main() -> int:
     if arguments.out:
         about = environment("cpu")
         command = ["bench.chaos", *map(without_paths, sys.argv[1:])]
-        made = {"date": datetime.date.today().isoformat(), "command": command, "environment": about, "chaos": result}
+        made = {"date": datetime.date.today().isoformat(), "command": command, "environment": about}
+        made |= {"results": judged(result), "chaos": result}
         write_json(arguments.out / device_slug(about["device"]) / "chaos.json", made)
     print(json.dumps(result, indent=1) if arguments.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     return 1 if result["problems"] else 0

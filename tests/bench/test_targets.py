@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from hyperllama.bench import cpu, gpu, merge, merging, ops, pipeline, regress_trials
+from hyperllama.bench import chaos, cpu, gpu, merge, merging, ops, pipeline, regress_trials
 from hyperllama.bench.harness import Case, title
 from hyperllama.bench.pipeline import Workspace
 from hyperllama.bench.targets import GOALS, Goal, Measured, judged, read, table
@@ -72,6 +72,7 @@ def test_every_target_beside_steps_and_folders_is_judged_by_the_program_that_mea
     trial = {"slower": [], "seconds": 1.0}
     found += regress_trials.judged([{**trial, "slowed": None}, {**trial, "slowed": "a", "slower": ["a"]}])
     shares = {name: {"gap_closed": [0.4, 0.6], "seeds": {"1": 1.0, "2": 1.0}} for name in ("linear", "Adam's v")}
+    found += chaos.judged({"kills": 50, "problems": []})
     found += merging.judged({family: shares for family in ("1x", "1x-cloned")})
     seen = set()
     for result in found:
@@ -81,7 +82,9 @@ def test_every_target_beside_steps_and_folders_is_judged_by_the_program_that_mea
         assert (goal.provider, goal.against, goal.least) == (target["provider"], target["against"], target["least"])
         assert target["met"] is True
         seen.add(goal)
-    areas = {goal for goal in GOALS if goal.area in ("merges", "data", "gate") or goal.case.startswith("^stall")}
+    areas = {
+        goal for goal in GOALS if goal.area in ("merges", "data", "gate") or re.match("\\^(stall|chaos)", goal.case)
+    }
     assert [goal.case for goal in areas - seen] == ["^tokenize "]  # its peer is not installed here
 
 
