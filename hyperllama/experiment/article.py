@@ -124,11 +124,11 @@ def _pairs(arms: list[Arms]) -> str:
         return ""
     first = arms[0]
     counts = [next(iter(first.rows.values()))["eval"][tag]["pairs"] for tag in (first.base, *first.targets)]
-    told = f"{counts[0]} each of" if len(set(counts)) == 1 else f"{listed(list(map(str, counts)))} of"
+    told = f"{counts[0]} pairs each" if len(set(counts)) == 1 else f"{listed(list(map(str, counts)))} pairs"
     error = 50 / sqrt(sum(counts[1:]))
     lines = [
         "### Minimal pairs\n",
-        f"Per cent right, chance 50, differences in points; {told} pairs of "
+        f"Per cent right, chance 50, differences in points; {told} of "
         f"{listed([first.base, *first.targets])}. The interval is over seeds, on the same pairs; other pairs would move a mean of "
         f"added languages by up to {error:.1f} points (one standard error), {language_name(first.base)} by "
         f"{50 / sqrt(counts[0]):.1f}.\n",
