@@ -8,7 +8,8 @@ process of each version and goes through the cases that are still open (regress_
 base head head base and the other way round, so that drift meets both alike, and gives one number. What the numbers say is decided
 while they come (sequential.py): the probability of any false alarm is at most 2 %, over all cases together.
 
-Both processes of a sweep have one thread, on one and the same CPU, another one every sweep: a neighbour there then takes from both.
+Both processes of a sweep have one thread, on one and the same CPU, another one every sweep: a neighbour there then takes from both,
+and time that a thread, ready to run, waits for its CPU is not counted.
 So code that lost its parallelism is not slower here; --threads N lets the system place N threads, and costs rounds.
 
 Where Triton is installed the resource gate (resources.py) judges the working tree's kernels too, without a GPU; with one they are
