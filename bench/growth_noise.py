@@ -25,7 +25,7 @@ from hyperllama.config import RunConfig, validated
 from hyperllama.data.build import build_shards
 from hyperllama.data.sample import write_corpus
 from hyperllama.data.tokenizer import train_tokenizer
-from hyperllama.experiment.article import interval
+from hyperllama.experiment.questions import interval
 from hyperllama.files import read_json, write_json
 from hyperllama.train import loop
 from hyperllama.train.plan import Plan, make_plan

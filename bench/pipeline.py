@@ -12,6 +12,7 @@ The loop is for the regression gate (regress_cases.py). Files are in the page ca
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -124,39 +125,30 @@ def _quiet(event: str, sentence: str) -> None:
     raise OSError(f"{event}: {sentence}")  # a benchmark's checkpoints are written
 
 
+def _saves(folder: Path, arena: Arena, *, waited: bool) -> Thunk:
+    """Saves a checkpoint, and the last save is over before the next call; `waited`: it is over at the end of its own."""
+    saver, steps = Checkpointer(folder, CheckpointSettings(keep=1), ALONE, _quiet), itertools.count(1)
+
+    def ours() -> None:
+        saver.save(next(steps), slices(arena), arena, {})
+        if waited:
+            saver.wait()
+
+    vars(ours)["before"] = saver.wait
+    return ours
+
+
 def stall_case(space: Workspace, parameters: int) -> Case:
-    """A checkpoint as the loop feels it: the call alone. Saves are over before the next one is asked for."""
+    """A checkpoint as the loop feels it: the call alone."""
     arena = _arena(parameters)
-
-    def setup() -> Thunk:
-        saver, step = Checkpointer(space.path / "stalled", CheckpointSettings(keep=1), ALONE, _quiet), 0
-
-        def ours() -> None:
-            nonlocal step
-            step += 1
-            saver.save(step, slices(arena), arena, {})
-
-        ours.before = saver.wait  # type: ignore[attr-defined]
-        return ours
-
+    setup = partial(_saves, space.path / "stalled", arena, waited=False)
     return Case("stall", {"parameters": arena.size}, 0, 12 * arena.size, {"ours": setup})
 
 
 def save_case(space: Workspace, parameters: int) -> Case:
     """A checkpoint, from the call to the end of its thread."""
     arena = _arena(parameters)
-    size = 12 * arena.size
-
-    def setup() -> Thunk:
-        saver, step = Checkpointer(space.path / "saved", CheckpointSettings(keep=1), ALONE, _quiet), 0
-
-        def ours() -> None:
-            nonlocal step
-            step += 1
-            saver.save(step, slices(arena), arena, {})
-            saver.wait()
-
-        return ours
+    size, setup = 12 * arena.size, partial(_saves, space.path / "saved", arena, waited=True)
 
     def write() -> None:
         with open(space.path / "written", "wb", buffering=0) as file:

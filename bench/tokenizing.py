@@ -74,11 +74,6 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def text_bytes(text: Path) -> int:
-    """UTF-8 bytes of the documents' text."""
-    return sum(document.num_bytes for document in iter_documents(text))
-
-
 def tokenize_case(text: Path, tokenizer: Path, work: Path, peer: Path | None, what: str) -> Case:
     """The text by datatrove, where there is a Python that has it, and by us."""
     out = {who: work / f"out-{who}" for who in ("ours", "datatrove")}
@@ -90,7 +85,7 @@ def tokenize_case(text: Path, tokenizer: Path, work: Path, peer: Path | None, wh
         providers = {"datatrove": partial(Process, theirs, work, out["datatrove"])} | providers
     return Case(
         "tokenize",
-        {"text": what, "bytes": text_bytes(text)},
+        {"text": what, "bytes": sum(document.num_bytes for document in iter_documents(text))},
         flops=0,
         bytes=0,
         providers=providers,
@@ -120,14 +115,13 @@ def main() -> int:
             for folder in work.glob("out-*"):
                 shutil.rmtree(folder)
 
-        size = text_bytes(text)
         case = tokenize_case(text, tokenizer, work, arguments.peer, what)
         clock = CpuClock(clear, children_seconds)
         result = run(case, rounds=arguments.rounds, warmup=1, cpu_time=True, min_sample=0, clock=clock)
     print(table([result]), judgement([result]), sep="\n\n")
     for name, found in result["providers"].items():
         if found["seconds"]:
-            print(f"{name}: {size / 1e6 / found['seconds']['median']:.1f} MB a CPU second")
+            print(f"{name}: {result['params']['bytes'] / 1e6 / found['seconds']['median']:.1f} MB a CPU second")
     if arguments.out:
         write_results(arguments.out / device_slug(environment("cpu")["device"]) / "tokenizing.json", [result])
     return 1 if missed([result]) else 0

@@ -25,10 +25,7 @@ from hyperllama.experiment.questions import (
 from hyperllama.experiment.recipe import SCRATCH
 from hyperllama.flops import window_flops
 
-PAPERS = (
-    180_078_912,
-    197_300_060_160,
-)  # the small model: parameters, tokens before adaptation
+PAPERS = 180_078_912, 197_300_060_160  # the small model: parameters, tokens before adaptation
 TITLES = {"single": "One rate for all arms", "tuned": "Rates chosen by the sweep"}
 
 

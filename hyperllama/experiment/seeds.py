@@ -10,7 +10,6 @@ Seeds differ in initial weights, order of data and growth noise; tokenizer, shar
 The sweep has a seed of its own and measures on development documents behind those that results are measured on.
 """
 
-import json
 import platform
 from dataclasses import replace
 from datetime import date
@@ -127,10 +126,9 @@ def _order(seeds: list[int]) -> list[tuple[str, str, int]]:
 def _finished(config: SeedsConfig, file: Path) -> bool:
     if not file.is_file():
         return False
-    settings = read_json(file)["settings"]
-    apart = {key: value for key, value in config.model_dump().items() if key not in config.settings}
     # a key that is younger than a result has its default there
-    stored, wanted = _plain(validated(SeedsConfig, apart | settings, str(file)).settings), _plain(config.settings)
+    values = config.model_dump(include=PATHS) | read_json(file)["settings"]
+    stored, wanted = validated(SeedsConfig, values, str(file)).settings, config.settings
     differing = [key for key in wanted if stored.get(key) != wanted[key]]
     if differing:
         raise HyperLlamaError(
@@ -138,10 +136,6 @@ def _finished(config: SeedsConfig, file: Path) -> bool:
             "folder for results, or remove the file"
         )
     return True
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings))
 
 
 def _write_article(config: SeedsConfig) -> dict[str, Any]:
