@@ -429,8 +429,10 @@ def main() -> int:
     if arguments.out:
         about = environment("cpu")
         command = ["bench.chaos", *map(without_paths, sys.argv[1:])]
-        made = {"date": datetime.date.today().isoformat(), "command": command, "environment": about}
-        made |= {"results": judged(result), "chaos": result}
+        made = {
+            "date": datetime.date.today().isoformat(), "command": command, "environment": about,
+            "results": judged(result), "chaos": result,
+        }  # fmt: skip
         write_json(arguments.out / device_slug(about["device"]) / "chaos.json", made)
     print(json.dumps(result, indent=1) if arguments.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
     return 1 if result["problems"] else 0
