@@ -60,8 +60,11 @@ class Events:
         """Write an event that needs nobody's attention."""
         if self.write:
             line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields}
-            with suppress(OSError), self.path.open("a") as file:  # a full disk: the screen has told
-                file.write(json.dumps(line) + "\n")
+            data = (json.dumps(line) + "\n").encode()
+            with suppress(OSError), self.path.open("ab", buffering=0) as file:  # a full disk: the screen has told
+                begin = file.tell()
+                if file.write(data) < len(data):
+                    file.truncate(begin)  # or the next line would be joined to what was written of this one
 
 
 class Metrics:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 from io import StringIO
 from statistics import fmean, pstdev
 
@@ -93,3 +94,15 @@ def test_a_full_disk_is_told_once_and_no_line_is_lost_or_torn(tmp_path, say):
     metrics.flush(1, 1, None)
     metrics.close()
     assert not metrics.problem and [line["loss"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_event_that_a_full_disk_cuts_off_is_not_joined_to_the_next(say):
+    say.note("first", step=1)
+    size, (soft, hard) = say.path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))  # as a disk with room for ten bytes
+    try:
+        say.note("second", step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    say.note("third", step=3)
+    assert [line["event"] for line in lines(say.path)] == ["first", "third"]
