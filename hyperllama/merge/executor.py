@@ -2,8 +2,9 @@
 
 What is an op of csrc runs there, on every core, and its result goes to the file through a buffer in a core's cache: no tensor is
 ever in memory. Peak anonymous memory is that of the search for thresholds: at most 16 MB per model and thread, and 16 bytes per
-model and 1024 elements of a tensor; the inputs' pages are the kernel's to keep or drop. Methods and dtypes that are no op of csrc
-(see methods.py; breadcrumbs, DELLA, `compat`, fp64) run in torch on whole tensors: a few copies, in fp32, of the largest one.
+model and 1024 elements of a tensor; random masks take at most 16 MB per model. The inputs' pages are the kernel's to keep or drop.
+Methods and dtypes that are no op of csrc (see methods.py; breadcrumbs, DELLA, `compat`, fp64) run in torch on whole tensors: a few
+copies, in fp32, of the largest one.
 
 The pass that reads a tensor first also hashes it (kernels/hashing.py). The hashes of what was read are in the card's `made_from`,
 those of what was written in its `weights`; one that is not what an input's own card says is an error.
@@ -26,6 +27,7 @@ from hyperllama.hub import Folder, FolderWriter, origin, stamps, streamed_folder
 from hyperllama.kernels.hashing import hash_bytes
 from hyperllama.kernels.native import usable
 from hyperllama.kernels.raw import DTYPES, Calls, task_divisor
+from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
 from hyperllama.merge.methods import Call, TensorCall
 from hyperllama.merge.planner import Plan
 from hyperllama.merge.steps import Input, Step
@@ -211,6 +213,7 @@ def run(
     prepared = found.learned if found else _prepared(plan)
     hashes: Hashes = {}
     done = 0
+    keep_freed_blocks()  # what is found out about a tensor before it is merged has the same size for the next one
     with streamed_folder(out, tensors, _job(plan), overwrite=overwrite, sync=sync) as writer:
         resumed = len(writer.done)
         there = (
@@ -234,6 +237,7 @@ def run(
             card["search"] = {"evaluations": found.evaluations, "tried": found.rows}
         paths = [folder.path for folder in _distinct(plan).values()]
         writer.complete(plan.config, card, plan.tokenizer_from, merged_counts(paths, plan.config["vocab_size"]))
+    give_back_freed_blocks()
     return {
         "path": str(out),
         "tensors": len(plan.steps),
