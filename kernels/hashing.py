@@ -7,7 +7,7 @@
 
 with g = 0x9E3779B97F4A7C15 and mix the finalizer of SplitMix64 (counter.py). The sums are those of xxh3 (Collet), with one key per
 word. It finds damage and tells models apart; against someone who looks for collisions SHA-256 is the tool. CPU: C++, inside the
-passes of merge.cpp and target.h too. Nothing here needs torch.
+passes of groups.h and target.h too. Nothing here needs torch.
 """
 
 from ctypes import c_int64, c_uint64, c_void_p

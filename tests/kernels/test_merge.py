@@ -11,7 +11,7 @@ from hyperllama.kernels import backend, merge
 from hyperllama.kernels.counter import uniform
 
 F32_ULP, BF16_ULP = 2.0**-23, 2.0**-7
-BLOCK, GROUP = 1024, 64  # of csrc/merge.cpp
+BLOCK, GROUP = 1024, 64  # of csrc/groups.h
 STORED = [torch.bfloat16, torch.float32, torch.float16]
 
 
@@ -320,7 +320,7 @@ def test_the_threshold_is_exact_whatever_the_sample_says(name: str, density: flo
 
 
 def unsampled(n: int, size: int) -> Tensor:
-    """Mask of the elements that csrc/merge.cpp's sample of `size` does not look at."""
+    """Mask of the elements that csrc/tops.h's sample of `size` does not look at."""
     strata, width = torch.arange(size), n // size
     bits = (uniform(0, strata).double() * 2**24).long()
     mask = torch.ones(n, dtype=torch.bool)
