@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyperllama.config import ModelConfig
 from hyperllama.hub import hf_config, open_folder, streamed_folder
 from hyperllama.merge import plan, read_recipe, run
 from hyperllama.names import EMBEDDING, logical_tensors
+from hyperllama.settings import ModelConfig
 from hyperllama.weights import NewTensor, narrowed, widened
 
 from .environment import device_slug, environment

@@ -455,7 +455,7 @@ def experiment_command(
     as_json: Json = False,
 ) -> None:
     """Run or resume a whole study: scales x languages x merges at equal FLOPs, and its report; or the paper's table of runs."""
-    from hyperllama.config import read_yaml
+    from hyperllama.recipes import read_yaml
 
     if "families" in (values := read_yaml(recipe)) and isinstance(values["families"], dict):
         _table_of_runs(recipe, overrides, write, show, recipes, dry_run, as_json)

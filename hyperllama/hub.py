@@ -17,13 +17,13 @@ import numpy as np
 
 from hyperllama import __version__
 from hyperllama.companions import Companions, write_companions
-from hyperllama.config import ModelConfig, validated
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import atomic_folder, check_room, read_json, sha256_file, write_json
 from hyperllama.flops import Ledger
 from hyperllama.kernels.hashing import Bytes
 from hyperllama.kernels.raw import Raw
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
+from hyperllama.settings import ModelConfig, validated
 from hyperllama.weights import (
     JOURNAL,
     NewTensor,

@@ -40,9 +40,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hyperllama.config import VOCAB_MULTIPLE, ModelConfig
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD, logical_tensors
+from hyperllama.settings import VOCAB_MULTIPLE, ModelConfig
 
 Array = np.ndarray[Any, Any]
 Split = Literal["even", "dyadic", "uneven"]

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from hyperllama.config import parse_yaml, read_text
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.merge.methods import METHODS
 from hyperllama.names import EMBEDDING, HEAD
+from hyperllama.recipes import parse_yaml, read_text
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -86,7 +86,7 @@ def first_set(levels: Iterable[Parameters], name: str, tensor_name: str, t: floa
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod
