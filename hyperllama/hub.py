@@ -13,14 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hyperllama import __version__
 from hyperllama.companions import Companions, write_companions
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import atomic_folder, check_room, read_json, sha256_file, write_json
 from hyperllama.flops import Ledger
-from hyperllama.kernels.hashing import Bytes
 from hyperllama.kernels.raw import Raw
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
 from hyperllama.settings import ModelConfig, validated
@@ -35,9 +32,11 @@ from hyperllama.weights import (
     shards,
 )
 
-if TYPE_CHECKING:  # torch is imported by what needs it: growing and merging folders do not
+if TYPE_CHECKING:  # torch and numpy are imported by what needs them: merging folders does not
     import torch
     from torch import Tensor
+
+    from hyperllama.kernels.hashing import Bytes
 
 CARD = "hyperllama.json"
 FOLDED = "hyperllama_folded_factor"
@@ -88,7 +87,7 @@ class Folder:
         """A tensor as the kernels take it, over the memory map; valid while the folder is."""
         return self.file(name).raw(name)
 
-    def bytes(self, name: str) -> Bytes:
+    def bytes(self, name: str) -> "Bytes":
         """A tensor's bytes, over the memory map."""
         return self.file(name).bytes(name)
 
@@ -425,6 +424,8 @@ def check_tied(folder: Folder) -> None:
     """Raise HyperLlamaError when a folder said to be tied has a head of its own: readers differ on which of the two counts."""
     if HEAD not in folder.names:
         return
+    import numpy as np
+
     same_dtype = folder.dtype(HEAD) == folder.dtype(EMBEDDING)
     if not same_dtype or not np.array_equal(folder.bytes(HEAD), folder.bytes(EMBEDDING)):
         raise HyperLlamaError(

@@ -36,7 +36,7 @@ from hyperllama.hub import (
     streamed_folder,
 )
 from hyperllama.kernels import raw
-from hyperllama.kernels.hashing import Bytes, hash_bytes
+from hyperllama.kernels.hashing import hash_bytes
 from hyperllama.kernels.native import usable
 from hyperllama.names import FINAL_NORM, logical_tensors
 from hyperllama.weights import NewTensor, hex_hash, narrowed, widened
@@ -44,6 +44,7 @@ from hyperllama.weights import NewTensor, hex_hash, narrowed, widened
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hyperllama.kernels.hashing import Bytes
     from hyperllama.model import Llama
 
 KERNEL_DTYPES = ("float32", "bfloat16")
@@ -209,7 +210,7 @@ class _Growth:
         self._finite(name, bool(np.isfinite(grown).all()))
         return writer.write(name, self._stored(name, grown)), [gap(how, source, grown)]
 
-    def _stored(self, name: str, values: np.ndarray[Any, Any]) -> Bytes:
+    def _stored(self, name: str, values: np.ndarray[Any, Any]) -> "Bytes":
         """What goes to the file: a head factor folded into the final norm."""
         factor = self.config.lm_head_normalization_factor
         return narrowed(

@@ -102,7 +102,7 @@ class Model(_Strict):
     """One entry of `models:`: a folder and its own parameters."""
 
     model: str
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: Parameters = {}
 
 
 class SliceSource(Model):
@@ -123,7 +123,7 @@ class Slice(_Strict):
     sources: list[SliceSource] = Field(min_length=1)
     base_model: str | None = None
     residual_weight: float | None = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: Parameters = {}
 
     @model_validator(mode="after")
     def _equal_lengths(self) -> "Slice":
@@ -195,7 +195,7 @@ class Extensions(_Strict):
 
     seed: int = 0
     compat: Literal["mergekit"] | None = None
-    importance: list[Importance] = Field(default_factory=list)
+    importance: list[Importance] = []
     learn: Learn | None = None
     regmean: RegMeanSettings | None = None
 
@@ -212,7 +212,7 @@ class Recipe(_Strict):
     models: list[Model] | None = None
     slices: list[Slice] | None = None
     modules: Any = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: Parameters = {}
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: Any = None
