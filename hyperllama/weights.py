@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hyperllama.dtypes import BYTES, SAFETENSORS, from_safetensors
+from hyperllama.dtypes import BYTES, SAFETENSORS
 from hyperllama.errors import HyperLlamaError
 from hyperllama.kernels.hashing import hash_bytes
 from hyperllama.kernels.raw import Raw, Target
@@ -84,7 +84,12 @@ class TensorFile:
 
     def dtype(self, name: str) -> str:
         """The dtype by name. Raises HyperLlamaError for one that is no floating-point format of weights."""
-        return from_safetensors(self.entries[name].code, f"{self.path}: tensor {name}")
+        code = self.entries[name].code
+        if code not in SAFETENSORS:
+            raise HyperLlamaError(
+                f"{self.path}: tensor {name} has dtype {code}; weights must be one of {', '.join(SAFETENSORS)}"
+            )
+        return SAFETENSORS[code]
 
     def bytes(self, name: str) -> "Bytes":
         """A tensor's bytes, over the memory map."""
