@@ -12,4 +12,3 @@ def common_dtype(names: Iterable[str]) -> str:
     if len(found) == 1:
         return found.pop()
     return "float64" if "float64" in found else "float32"
-

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hyperllama import __version__
 from hyperllama.companions import Companions, write_companions
 from hyperllama.errors import HyperLlamaError
-from hyperllama.files import atomic_folder, check_room, read_json, sha256_file, write_json
+from hyperllama.files import atomic_folder, check_room, json_text, read_json, sha256_file
 from hyperllama.flops import Ledger
 from hyperllama.kernels.raw import Raw
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
@@ -288,12 +288,13 @@ def _complete(
     tokenizer_from: Path | None,
     companions: Companions | None,
 ) -> None:
-    """Write what a model folder has besides weights; `sizes` are the tensors' bytes, in order."""
+    """Write what a model folder has besides weights; `sizes` are the tensors' bytes, in order. The folder is a temporary one."""
     files = shards(sizes)
+    values: dict[str, Any] = {"config.json": config, CARD: {"code_version": __version__, **card}}
     if len(files) > 1:
-        write_json(folder / "model.safetensors.index.json", shard_index(files, sum(sizes.values())))
-    write_json(folder / "config.json", config)
-    write_json(folder / CARD, {"code_version": __version__, **card})
+        values["model.safetensors.index.json"] = shard_index(files, sum(sizes.values()))
+    for name, value in values.items():
+        (folder / name).write_text(json_text(value), encoding="utf-8")
     write_companions(folder, companions or {})
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, folder)
