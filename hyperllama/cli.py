@@ -616,7 +616,8 @@ def main() -> None:
         sys.exit(getattr(error, "exit_code", 2))
     if code == 130:  # what the library makes of KeyboardInterrupt
         _fail("interrupted; nothing half-written was left", 130)
-    gc.freeze()  # the process ends: to look through all that was imported, and to take it apart, is a tenth of a short command
+    if "torch" not in sys.modules:  # whose bindings count what is left
+        gc.freeze()  # to look through all that was imported, and take it apart, is a tenth of a short command: the system does it
     sys.exit(code if isinstance(code, int) else 0)
 
 

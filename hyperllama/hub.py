@@ -36,8 +36,6 @@ if TYPE_CHECKING:  # torch and numpy are imported by what needs them: merging fo
     import torch
     from torch import Tensor
 
-    from hyperllama.kernels.hashing import Bytes
-
 CARD = "hyperllama.json"
 FOLDED = "hyperllama_folded_factor"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -87,7 +85,7 @@ class Folder:
         """A tensor as the kernels take it, over the memory map; valid while the folder is."""
         return self.file(name).raw(name)
 
-    def bytes(self, name: str) -> "Bytes":
+    def bytes(self, name: str) -> memoryview:
         """A tensor's bytes, over the memory map."""
         return self.file(name).bytes(name)
 

@@ -9,7 +9,6 @@ import json
 import mmap
 import os
 from collections.abc import Mapping, Sequence
-from ctypes import c_size_t, py_object, pythonapi
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hyperllama.dtypes import BYTES, SAFETENSORS
 from hyperllama.errors import HyperLlamaError
 from hyperllama.kernels.hashing import hash_bytes
+from hyperllama.kernels.native import address
 from hyperllama.kernels.raw import Raw, Target
 
 if TYPE_CHECKING:  # numpy is imported by what computes with it: merging folders does not
@@ -75,12 +75,7 @@ class TensorFile:
 
     @cached_property
     def _address(self) -> int:
-        """Where the map is: ctypes itself tells that of memory that may be written to, and of no other."""
-        view = (c_size_t * 10)()  # a Py_buffer, which begins with the address
-        pythonapi.PyObject_GetBuffer(py_object(self._map), view, 0)
-        address = view[0]
-        pythonapi.PyBuffer_Release(view)
-        return address
+        return address(self._map)
 
     def dtype(self, name: str) -> str:
         """The dtype by name. Raises HyperLlamaError for one that is no floating-point format of weights."""
@@ -91,12 +86,10 @@ class TensorFile:
             )
         return SAFETENSORS[code]
 
-    def bytes(self, name: str) -> "Bytes":
+    def bytes(self, name: str) -> memoryview:
         """A tensor's bytes, over the memory map."""
-        import numpy as np
-
         entry = self.entries[name]
-        return np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
+        return memoryview(self._map)[entry.begin : entry.end]
 
     def raw(self, name: str) -> Raw:
         """A tensor as the kernels take it; valid while this file is."""
@@ -239,15 +232,13 @@ class WeightsWriter:
             done += os.pwrite(descriptor, view[done:], offset + done)
         return hex_hash(hash_bytes(data))
 
-    def content(self, name: str) -> "tuple[Bytes, str]":
+    def content(self, name: str) -> tuple[memoryview, str]:
         """The bytes of a tensor as they are in the file now, over a memory map, and their hash."""
-        import numpy as np
-
         descriptor, offset = self._places[name]
         begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
         size = self.tensors[name].n_bytes
         mapped = mmap.mmap(descriptor, offset - begin + size, access=mmap.ACCESS_READ, offset=begin)
-        data = np.frombuffer(mapped, np.uint8, size, offset - begin)
+        data = memoryview(mapped)[offset - begin :]
         return data, hex_hash(hash_bytes(data))
 
     def finish(self, name: str, digest: str, **notes: Any) -> None:
@@ -281,11 +272,13 @@ def hex_hash(value: int) -> str:
     return f"{value:016x}"
 
 
-def widened(data: "Bytes", dtype: str) -> "np.ndarray[Any, Any]":
+def widened(data: "Bytes | memoryview", dtype: str) -> "np.ndarray[Any, Any]":
     """Bytes of a tensor as fp32 (fp64 for fp64), flat."""
+    import numpy as np
+
     if dtype == "bfloat16":
-        return (data.view("<u2").astype("<u4") << 16).view("<f4")
-    numbers = data.view({"float16": "<f2", "float32": "<f4", "float64": "<f8"}[dtype])
+        return (np.frombuffer(data, "<u2").astype("<u4") << np.uint32(16)).view("<f4")
+    numbers = np.frombuffer(data, {"float16": "<f2", "float32": "<f4", "float64": "<f8"}[dtype])
     return numbers.astype("<f4") if dtype == "float16" else numbers
 
 

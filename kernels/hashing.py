@@ -13,7 +13,7 @@ passes of merge.cpp and target.h too. Nothing here needs torch.
 from ctypes import c_int64, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any
 
-from hyperllama.kernels.native import csrc, library, threads
+from hyperllama.kernels.native import address, csrc, library, threads
 
 if TYPE_CHECKING:  # numpy is imported by what computes with it: merging folders does not
     import numpy as np
@@ -29,7 +29,7 @@ def _mix(z: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     return z ^ (z >> 31)
 
 
-def hash_reference(data: "Bytes") -> int:
+def hash_reference(data: "Bytes | memoryview") -> int:
     """The hash in numpy, 4096 blocks at a time."""
     import numpy as np
 
@@ -38,7 +38,7 @@ def hash_reference(data: "Bytes") -> int:
     total, piece = np.uint64(0), 4096 * BLOCK
     with np.errstate(over="ignore"):
         for start in range(0, len(data), piece):
-            part = data[start : start + piece]
+            part = np.frombuffer(data, np.uint8)[start : start + piece]
             words = np.pad(part, (0, -len(part) % BLOCK)).view("<u8").reshape(-1, BLOCK // 64, 8)
             x = words ^ keys
             sums = ((x & np.uint64(0xFFFFFFFF)) * (x >> np.uint64(32)) + words).sum(1, dtype=np.uint64)
@@ -49,10 +49,10 @@ def hash_reference(data: "Bytes") -> int:
     return int(total)
 
 
-def hash_bytes(data: "Bytes") -> int:
-    """The hash of a contiguous array of bytes."""
+def hash_bytes(data: "Bytes | memoryview") -> int:
+    """The hash of bytes in one piece."""
     if library() is None:
         return hash_reference(data)
     function = csrc("hash")
     function.restype = c_uint64
-    return int(function(c_void_p(data.ctypes.data), c_int64(len(data)), threads()))
+    return int(function(c_void_p(address(data)), c_int64(len(data)), threads()))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from hyperllama.merge.executor import Hashes
 from hyperllama.merge.steps import Step
 from hyperllama.merge.tensors import merged
 from hyperllama.weights import hex_hash
-
-if TYPE_CHECKING:
-    from hyperllama.kernels.hashing import Bytes
 
 PIECE = 64 << 20  # bytes
 
@@ -97,7 +94,7 @@ class _Loader:
                 hashes.setdefault(read.model, {})[read.tensor] = hex_hash(hash_bytes(content))
             return _Inputs(tensors, hashes, self.lane.event())
 
-    def _copy(self, content: "Bytes", to: Tensor) -> None:
+    def _copy(self, content: memoryview, to: Tensor) -> None:
         for at in range(0, len(content), PIECE):
             memory, busy = self.pieces.pop(0)
             if busy is not None:

@@ -136,8 +136,8 @@ class _Steps:
 
     def build(self) -> Iterator[Step]:
         """All steps: embedding from the first slice, layers in order, final norm and head from the last slice."""
-        layers = {label: max(found, default=-1) + 1 for label, found in self.layers.items()}
-        slices = _output_slices(self.recipe, self.sources, layers)
+        numbers = {label: max(found, default=-1) + 1 for label, found in self.layers.items()}
+        slices = _output_slices(self.recipe, self.sources, numbers)
         yield self._step(EMBEDDING, [EMBEDDING] * len(slices[0].sources), slices[0], 0.0)
         out = 0
         for part in slices:
