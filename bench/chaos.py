@@ -34,12 +34,13 @@ from typing import Any
 import torch
 
 from hyperllama.checkpoint import checkpoints, verify
-from hyperllama.config import RunConfig, validated
+from hyperllama.config import RunConfig
 from hyperllama.data.build import build_shards
 from hyperllama.data.sample import write_corpus
 from hyperllama.data.tokenizer import train_tokenizer
 from hyperllama.errors import HyperLlamaError, Lost
 from hyperllama.files import write_json
+from hyperllama.settings import validated
 from hyperllama.train.loop import train
 
 from .environment import device_slug, environment, without_paths

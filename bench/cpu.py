@@ -20,8 +20,8 @@ from typing import Any, get_args
 
 import torch
 
-from hyperllama.config import ModelConfig
 from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks
+from hyperllama.settings import ModelConfig
 
 from .environment import device_slug, environment
 from .harness import Case, Result, copy_bandwidth, judgement, matmul_rate, missed, run, table, write_results

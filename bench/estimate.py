@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from hyperllama.arena import arena_bytes, layout
-from hyperllama.config import ModelConfig
 from hyperllama.flops import window_flops
+from hyperllama.settings import ModelConfig
 from hyperllama.train.metrics import PEAK_FLOPS
 from hyperllama.train.plan import activation_bytes
 

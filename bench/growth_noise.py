@@ -21,12 +21,13 @@ from statistics import mean
 from typing import Any
 from unittest import mock
 
-from hyperllama.config import RunConfig, validated
+from hyperllama.config import RunConfig
 from hyperllama.data.build import build_shards
 from hyperllama.data.sample import write_corpus
 from hyperllama.data.tokenizer import train_tokenizer
 from hyperllama.experiment.questions import interval
 from hyperllama.files import read_json, write_json
+from hyperllama.settings import validated
 from hyperllama.train import loop
 from hyperllama.train.plan import Plan, make_plan
 

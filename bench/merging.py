@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from hyperllama.config import RunConfig, validated
+from hyperllama.config import RunConfig
 from hyperllama.data.build import build_shards
 from hyperllama.data.tokenizer import Tokenizer
 from hyperllama.evaluate import evaluate_folder
@@ -29,6 +29,7 @@ from hyperllama.files import read_json, write_json
 from hyperllama.merge import parse_recipe
 from hyperllama.merge.executor import run as run_merge
 from hyperllama.merge.search import search
+from hyperllama.settings import validated
 from hyperllama.train.loop import train
 
 from .environment import environment, without_paths

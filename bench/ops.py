@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperllama.config import ModelConfig
 from hyperllama.errors import HyperLlamaError
 from hyperllama.kernels import linear_cross_entropy as head
 from hyperllama.kernels import merge
@@ -25,6 +24,7 @@ from hyperllama.kernels.glu import glu
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.kernels.grow import grow
 from hyperllama.kernels.rope import rope_tables
+from hyperllama.settings import ModelConfig
 
 from .harness import Case, Roof, Target, Thunk, copy_roof
 

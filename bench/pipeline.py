@@ -27,7 +27,7 @@ import torch
 
 from hyperllama.arena import Arena
 from hyperllama.checkpoint import Checkpointer, export_model, load, newest, slices
-from hyperllama.config import CheckpointSettings, ModelConfig, RunConfig, validated
+from hyperllama.config import CheckpointSettings, RunConfig
 from hyperllama.data.build import build_shards
 from hyperllama.data.loader import Loader
 from hyperllama.data.mixture import Mixture, Source
@@ -35,6 +35,7 @@ from hyperllama.data.sample import write_corpus
 from hyperllama.data.shards import Shards
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
 from hyperllama.model import Llama
+from hyperllama.settings import ModelConfig, validated
 from hyperllama.train.distributed import Processes
 
 from .environment import device_slug, environment

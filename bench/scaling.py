@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyperllama.config import ModelConfig
 from hyperllama.data.build import build_shards
 from hyperllama.data.shards import Shards
 from hyperllama.files import read_json, write_json
 from hyperllama.flops import Convention, window_flops
 from hyperllama.kernels import merge
+from hyperllama.settings import ModelConfig
 
 from .cpu import llama, release
 from .environment import device_slug, environment

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape, under the names of hyperllama.config.ModelConfig, which needs more packages than a benchmark may."""
+    """A model's shape, under the names of hyperllama.settings.ModelConfig, which needs more packages than a benchmark may."""
 
     vocab_size: int
     hidden_size: int

@@ -34,11 +34,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperllama.config import ModelConfig, RunConfig, validated
+from hyperllama.config import RunConfig
 from hyperllama.data.loader import Loader, micro_batches
 from hyperllama.flops import window_flops
 from hyperllama.hub import hf_config
 from hyperllama.names import EMBEDDING, HEAD
+from hyperllama.settings import ModelConfig, validated
 from hyperllama.train.loop import train
 from hyperllama.train.metrics import device_name, peak_flops
 from hyperllama.train.plan import make_plan

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from hyperllama.arena import Arena, arena_bytes
-from hyperllama.config import ModelConfig
 from hyperllama.flops import window_flops
 from hyperllama.hub import hf_config
 from hyperllama.kernels.adamw import adamw
@@ -30,6 +29,7 @@ from hyperllama.kernels.backend import use
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.model import Llama
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
+from hyperllama.settings import ModelConfig
 
 from .harness import Case, Target, Thunk, matmul_roof
 from .ops import dtype_name, relative_error

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 
 from hyperllama.arena import Arena
-from hyperllama.config import ModelConfig
 from hyperllama.kernels import grow, merge
 from hyperllama.kernels.adamw import adamw
 from hyperllama.kernels.attention import attention
@@ -13,6 +12,7 @@ from hyperllama.kernels.embedding import embedding_backward_
 from hyperllama.kernels.grad_norm import grad_norm
 from hyperllama.kernels.linear_cross_entropy import linear_cross_entropy
 from hyperllama.model import Llama
+from hyperllama.settings import ModelConfig
 
 from .fake_gpu import backward
 from .shapes import SHAPES, Shape

@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hyperllama.config import ModelConfig
 from hyperllama.kernels.adamw import LINE
 from hyperllama.names import logical_tensors, packed_shapes
+from hyperllama.settings import ModelConfig
 
 Role = Literal["weights", "master", "grad", "m", "v"]
 ALIGNMENT = LINE  # elements: 256 bytes in bf16, so every tensor starts on a whole cache line and a 128-bit access

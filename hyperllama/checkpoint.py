@@ -33,11 +33,12 @@ from torch import Tensor
 
 from hyperllama.arena import Arena
 from hyperllama.companions import ADAM_V, Companion, Companions
-from hyperllama.config import CheckpointSettings, ModelConfig, validated
+from hyperllama.config import CheckpointSettings
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import fsync, read_json, sha256_file, write_json, write_text
 from hyperllama.hub import folded, hf_config, write_folder
 from hyperllama.names import FINAL_NORM, logical_tensors
+from hyperllama.settings import ModelConfig, validated
 
 ROLES = ("master", "m", "v")
 SUMS = "SHA256SUMS"

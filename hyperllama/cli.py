@@ -1,8 +1,10 @@
 """The command line. Heavy imports happen inside the commands, so that --help and mistakes answer at once."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,8 +18,6 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 import typer
 
 from hyperllama import __version__
-from hyperllama.bench.cli import app as bench_app
-from hyperllama.data.cli import data_app, tokenizer_app
 from hyperllama.errors import Diverged, HyperLlamaError, Lost, Stopped, nearest
 from hyperllama.files import check_free
 from hyperllama.terminal import Bar, DryRun, Json, Quiet, existing, print_table, print_value
@@ -30,9 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, grow, merge, evaluate and count Llama models.",
 )
-app.add_typer(tokenizer_app, name="tokenizer")
-app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
 
 Sync = Annotated[
     bool, typer.Option("--sync", help="Have the disk hold the result before it appears: it then survives a power cut.")
@@ -459,7 +456,7 @@ def experiment_command(
     as_json: Json = False,
 ) -> None:
     """Run or resume a whole study: scales x languages x merges at equal FLOPs, and its report; or the paper's table of runs."""
-    from hyperllama.config import read_yaml
+    from hyperllama.recipes import read_yaml
 
     if "families" in (values := read_yaml(recipe)) and isinstance(values["families"], dict):
         _table_of_runs(recipe, overrides, write, show, recipes, dry_run, as_json)
@@ -581,13 +578,29 @@ def spread_lists(
     return spread
 
 
+def _app(name: str | None) -> typer.Typer:
+    """The app with the command `name` alone where it has one, else with all and their groups: Typer builds all that an app has."""
+    chosen = copy(app)
+    if found := [command for command in app.registered_commands if command.name == name]:
+        chosen.registered_commands = found
+        return chosen
+    from hyperllama.bench.cli import app as bench_app
+    from hyperllama.data.cli import data_app, tokenizer_app
+
+    chosen.registered_groups = []
+    chosen.add_typer(tokenizer_app, name="tokenizer")
+    chosen.add_typer(data_app, name="data")
+    chosen.add_typer(bench_app, name="bench")
+    return chosen
+
+
 def main() -> None:
     """Entry point: mistakes are one sentence and exit code 2, runs that can't go on 3 and 4, Ctrl-C is 130, SIGTERM 143."""
     arguments = sys.argv[1:]
     if arguments[:1] in (["eval"], ["merge"]):
         arguments = spread_lists(arguments)
     try:
-        code = app(arguments, standalone_mode=False)
+        code = _app(next(iter(arguments), None))(arguments, standalone_mode=False)
     except HyperLlamaError as error:
         _fail(str(error), 2)
     except OSError as error:
@@ -603,6 +616,8 @@ def main() -> None:
         sys.exit(getattr(error, "exit_code", 2))
     if code == 130:  # what the library makes of KeyboardInterrupt
         _fail("interrupted; nothing half-written was left", 130)
+    if "torch" not in sys.modules:  # whose bindings count what is left
+        gc.freeze()  # to look through all that was imported, and take it apart, is a tenth of a short command: the system does it
     sys.exit(code if isinstance(code, int) else 0)
 
 

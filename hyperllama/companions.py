@@ -10,13 +10,12 @@ divide it by 1 - beta2^step.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from typing import TYPE_CHECKING, Any
 
 from hyperllama.errors import HyperLlamaError
+
+if TYPE_CHECKING:  # imported by what has companions: most models have none
+    import numpy as np
 
 TOKEN_COUNTS = "token_counts.safetensors"
 ADAM_V = "adam_v.safetensors"
@@ -26,7 +25,7 @@ ADAM_V = "adam_v.safetensors"
 class Companion:
     """One such file: named arrays and what the file says of them."""
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: "Mapping[str, np.ndarray]"
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -35,13 +34,20 @@ Companions = Mapping[str, Companion]  # by file name
 
 def write_companions(folder: Path, companions: Companions) -> None:
     """Write the files into `folder`."""
+    if not companions:
+        return
+    import numpy as np
+    from safetensors.numpy import save_file
+
     for name, companion in companions.items():
         arrays = {key: np.ascontiguousarray(array) for key, array in companion.arrays.items()}
         save_file(arrays, str(folder / name), metadata={"format": "np", **companion.metadata})
 
 
-def token_counts(by_language: Mapping[str, np.ndarray], rows: int) -> Companion:
+def token_counts(by_language: "Mapping[str, np.ndarray]", rows: int) -> Companion:
     """Counts (tokenizer's tokens,) by language as a companion of a model with `rows` rows in its embedding."""
+    import numpy as np
+
     return Companion({tag: np.pad(counts, (0, rows - len(counts))) for tag, counts in by_language.items()})
 
 
@@ -65,6 +71,8 @@ class CompanionFile:
     """
 
     def __init__(self, folder: Path, name: str):
+        from safetensors import SafetensorError, safe_open
+
         self.path = folder / name
         if not self.path.is_file():
             hint = "train with export.adam_v: true" if name == ADAM_V else "only models trained or grown here have one"
@@ -76,7 +84,7 @@ class CompanionFile:
         self.names: list[str] = sorted(self._file.keys())
         self.metadata: dict[str, Any] = self._file.metadata() or {}
 
-    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def array(self, name: str, shape: tuple[int, ...]) -> "np.ndarray":
         """An array of the shape that belongs to the model. Raises HyperLlamaError when it is missing or of another shape."""
         if name not in self.names:
             raise HyperLlamaError(f"{self.path} has no {name}")

@@ -1,78 +1,16 @@
 """Every setting of a run, with its default and unit: one YAML file, `a.b=c` overrides, nothing unknown, nothing contradictory."""
 
-import re
-from collections.abc import Hashable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from hyperllama.errors import HyperLlamaError, nearest
+from hyperllama.errors import HyperLlamaError
+from hyperllama.recipes import override, read_yaml
+from hyperllama.settings import VOCAB_MULTIPLE, ModelConfig, Settings, validated
 
-VOCAB_MULTIPLE = 128  # embedding rows are padded to this, so that shapes share small FLOP quanta and GEMMs stay aligned
 FFN_MULTIPLE = 64
-
-
-class Settings(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelConfig(Settings):
-    """The shape of a Llama. Names follow the field; `names.py` and `hub.py` translate to Hugging Face."""
-
-    vocab_size: int = Field(gt=0, description="embedding rows, padding included")
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    rope_theta: float = Field(10000.0, gt=0)
-    rms_norm_eps: float = Field(1e-5, gt=0)
-    tie_embeddings: bool = True
-    lm_head_normalization_factor: float = Field(1.0, gt=0, description="logits are divided by it (grown tied models)")
-    max_position_embeddings: int = Field(2048, gt=0, description="tokens")
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
-    unpadded_vocab_size: int | None = Field(None, gt=0, description="real tokens; logits of later rows are masked")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ModelConfig":
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
-        if self.unpadded_vocab_size is not None and self.unpadded_vocab_size > self.vocab_size:
-            raise ValueError(f"unpadded_vocab_size ({self.unpadded_vocab_size}) exceeds vocab_size ({self.vocab_size})")
-        return self
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights in the model; a tied table counts once."""
-        from hyperllama.names import logical_tensors
-
-        return sum(tensor.size for tensor in logical_tensors(self))
-
-    def grown(self, factor: int, ffn_factor: int | None = None, head_factor: int | None = None) -> "ModelConfig":
-        """The shape after HyperCloning by `factor`: widths and heads times factor, head_dim kept.
-
-        `ffn_factor` is the FFN's where it differs. A tied head's factor is multiplied along (its input grew, its shared table
-        can't be divided): by `head_factor` where the copies do not share by 1/factor.
-        """
-        head = (factor if head_factor is None else head_factor) if self.tie_embeddings else 1
-        return self.model_copy(
-            update={
-                "hidden_size": self.hidden_size * factor,
-                "intermediate_size": self.intermediate_size * (factor if ffn_factor is None else ffn_factor),
-                "num_heads": self.num_heads * factor,
-                "num_kv_heads": self.num_kv_heads * factor,
-                "lm_head_normalization_factor": self.lm_head_normalization_factor * head,
-            }
-        )
 
 
 class ModelSettings(Settings):
@@ -478,150 +416,8 @@ class RunConfig(Settings):
         return value
 
 
-T = TypeVar("T", bound=BaseModel)
-
-
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The valid keys of the settings group that holds the last element of `location`."""
-    current: Any = model
-    for part in location[:-1]:
-        if isinstance(part, int):
-            continue
-        annotation = current.model_fields[part].annotation
-        while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            inner = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
-            if not inner:
-                return []
-            annotation = inner[0]
-        current = annotation
-    return list(current.model_fields)
-
-
-def validated(model: type[T], values: Any, where: str) -> T:
-    """Validate `values` as `model`.
-
-    Raises HyperLlamaError with one sentence per problem: the key, what is wrong and, for an unknown key, the nearest valid one.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        sentences = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"]) or "the file"
-            if problem["type"] == "extra_forbidden":
-                valid = _fields_at(model, problem["loc"])
-                sentences.append(f"unknown key {key}; {nearest(str(problem['loc'][-1]), valid)}")
-            elif problem["type"] == "missing":
-                sentences.append(f"key {key} is missing")
-            else:
-                got = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
-                sentences.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}{got}")
-        raise HyperLlamaError(f"{where}: " + "; ".join(sentences)) from None
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and reads 3e-3 as a number (YAML 1.1 wants a dot)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: the keys of another mapping, which these override
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is not a key", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _construct_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-    value = loader.construct_scalar(node)
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
-_RecipeLoader.add_implicit_resolver("!exponent", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-_RecipeLoader.add_constructor("!exponent", _construct_scalar)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises HyperLlamaError naming the file (and line) when it is missing, not YAML, or not a mapping.
-    """
-    return parse_yaml(read_text(path), path)
-
-
-def read_text(path: str | Path) -> str:
-    """Read a recipe's text.
-
-    Raises HyperLlamaError naming the file when it is missing, a folder, or not UTF-8.
-    """
-    path = Path(path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise HyperLlamaError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise HyperLlamaError(f"{path} is a folder; a YAML recipe was expected") from None
-    except UnicodeDecodeError as error:
-        raise HyperLlamaError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def parse_yaml(text: str, where: str | Path) -> dict[str, Any]:
-    """A YAML mapping from text; `where` names it in errors. Raises HyperLlamaError as read_yaml does."""
-    try:
-        values = yaml.load(text, Loader=_RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise HyperLlamaError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise HyperLlamaError(f"{where} is not a recipe: expected a mapping of keys to values")
-    return values
-
-
-def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """Apply `a.b=c` assignments (c is YAML) to nested `values`, in place, and return them.
-
-    A number addresses a list element: `data.sources.0.weight=2`.
-    Raises HyperLlamaError for a malformed assignment or an index outside its list.
-    """
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise HyperLlamaError(f"{assignment!r} is not an override: write key.subkey=value")
-        value = parse_yaml(f"value: {text}", f"the override {assignment!r}")["value"]
-        *parents, last = key.split(".")
-        node: Any = values
-        for part in parents:
-            if isinstance(node, list):
-                node = node[_index(node, part, assignment)]
-            elif isinstance(node, dict):
-                if node.get(part) is None:
-                    node[part] = {}
-                node = node[part]
-            else:
-                raise HyperLlamaError(f"the override {assignment!r} goes through a value that is not a section")
-        if isinstance(node, list):
-            node[_index(node, last, assignment)] = value
-        elif isinstance(node, dict):
-            node[last] = value
-        else:
-            raise HyperLlamaError(f"the override {assignment!r} goes through a value that is not a section")
-    return values
-
-
-def _index(values: list[Any], part: str, assignment: str) -> int:
-    if not part.isdigit() or int(part) >= len(values):
-        raise HyperLlamaError(f"the override {assignment!r}: {part!r} is not an index of a list of {len(values)}")
-    return int(part)
 
 
 def load_run(recipe: str | Path, assignments: list[str] | None = None) -> RunConfig:

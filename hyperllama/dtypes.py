@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-from hyperllama.errors import HyperLlamaError
-
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 SAFETENSORS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -14,10 +12,3 @@ def common_dtype(names: Iterable[str]) -> str:
     if len(found) == 1:
         return found.pop()
     return "float64" if "float64" in found else "float32"
-
-
-def from_safetensors(code: str, where: str) -> str:
-    """The dtype of a safetensors header's code. Raises HyperLlamaError, `where` naming file and tensor, for any other."""
-    if code not in SAFETENSORS:
-        raise HyperLlamaError(f"{where} has dtype {code}; weights must be one of {', '.join(SAFETENSORS)}")
-    return SAFETENSORS[code]

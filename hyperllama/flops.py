@@ -14,8 +14,8 @@ from math import lcm
 from pathlib import Path
 from typing import Any, Literal
 
-from hyperllama.config import ModelConfig
 from hyperllama.errors import HyperLlamaError
+from hyperllama.settings import ModelConfig
 
 Convention = Literal["dense", "causal"]
 

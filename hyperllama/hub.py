@@ -13,17 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hyperllama import __version__
 from hyperllama.companions import Companions, write_companions
-from hyperllama.config import ModelConfig, validated
 from hyperllama.errors import HyperLlamaError
-from hyperllama.files import atomic_folder, check_room, read_json, sha256_file, write_json
+from hyperllama.files import atomic_folder, check_room, json_text, read_json, sha256_file
 from hyperllama.flops import Ledger
-from hyperllama.kernels.hashing import Bytes
 from hyperllama.kernels.raw import Raw
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD
+from hyperllama.settings import ModelConfig, validated
 from hyperllama.weights import (
     JOURNAL,
     NewTensor,
@@ -35,7 +32,7 @@ from hyperllama.weights import (
     shards,
 )
 
-if TYPE_CHECKING:  # torch is imported by what needs it: growing and merging folders do not
+if TYPE_CHECKING:  # torch and numpy are imported by what needs them: merging folders does not
     import torch
     from torch import Tensor
 
@@ -88,7 +85,7 @@ class Folder:
         """A tensor as the kernels take it, over the memory map; valid while the folder is."""
         return self.file(name).raw(name)
 
-    def bytes(self, name: str) -> Bytes:
+    def bytes(self, name: str) -> memoryview:
         """A tensor's bytes, over the memory map."""
         return self.file(name).bytes(name)
 
@@ -289,12 +286,13 @@ def _complete(
     tokenizer_from: Path | None,
     companions: Companions | None,
 ) -> None:
-    """Write what a model folder has besides weights; `sizes` are the tensors' bytes, in order."""
+    """Write what a model folder has besides weights; `sizes` are the tensors' bytes, in order. The folder is a temporary one."""
     files = shards(sizes)
+    values: dict[str, Any] = {"config.json": config, CARD: {"code_version": __version__, **card}}
     if len(files) > 1:
-        write_json(folder / "model.safetensors.index.json", shard_index(files, sum(sizes.values())))
-    write_json(folder / "config.json", config)
-    write_json(folder / CARD, {"code_version": __version__, **card})
+        values["model.safetensors.index.json"] = shard_index(files, sum(sizes.values()))
+    for name, value in values.items():
+        (folder / name).write_text(json_text(value), encoding="utf-8")
     write_companions(folder, companions or {})
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, folder)
@@ -425,6 +423,8 @@ def check_tied(folder: Folder) -> None:
     """Raise HyperLlamaError when a folder said to be tied has a head of its own: readers differ on which of the two counts."""
     if HEAD not in folder.names:
         return
+    import numpy as np
+
     same_dtype = folder.dtype(HEAD) == folder.dtype(EMBEDDING)
     if not same_dtype or not np.array_equal(folder.bytes(HEAD), folder.bytes(EMBEDDING)):
         raise HyperLlamaError(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from hyperllama.arena import Arena
-from hyperllama.config import ModelConfig
 from hyperllama.kernels.attention import attention
 from hyperllama.kernels.embedding import embedding
 from hyperllama.kernels.glu import glu
@@ -20,6 +19,7 @@ from hyperllama.kernels.linear import linear
 from hyperllama.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from hyperllama.kernels.rms_norm import rms_norm
 from hyperllama.kernels.rope import rope_, rope_tables
+from hyperllama.settings import ModelConfig
 
 IGNORE = -100  # a target that takes no part in the loss
 

@@ -18,7 +18,7 @@ files, growth and merging see, under their Hugging Face names. A logical tensor 
 from dataclasses import dataclass
 from math import prod
 
-from hyperllama.config import ModelConfig
+from hyperllama.settings import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"

@@ -12,14 +12,18 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from hyperllama.dtypes import BYTES, SAFETENSORS, from_safetensors
+from hyperllama.dtypes import BYTES, SAFETENSORS
 from hyperllama.errors import HyperLlamaError
-from hyperllama.kernels.hashing import Bytes, hash_bytes
+from hyperllama.kernels.hashing import hash_bytes
+from hyperllama.kernels.native import address
 from hyperllama.kernels.raw import Raw, Target
+
+if TYPE_CHECKING:  # numpy is imported by what computes with it: merging folders does not
+    import numpy as np
+
+    from hyperllama.kernels.hashing import Bytes
 
 SHARD_BYTES = 5 * 10**9  # as the field's tools cut them
 MOST_HEADER = 100 << 20  # bytes; the format's own limit
@@ -69,18 +73,28 @@ class TensorFile:
         with open(self.path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
+    @cached_property
+    def _address(self) -> int:
+        return address(self._map)
+
     def dtype(self, name: str) -> str:
         """The dtype by name. Raises HyperLlamaError for one that is no floating-point format of weights."""
-        return from_safetensors(self.entries[name].code, f"{self.path}: tensor {name}")
+        code = self.entries[name].code
+        if code not in SAFETENSORS:
+            raise HyperLlamaError(
+                f"{self.path}: tensor {name} has dtype {code}; weights must be one of {', '.join(SAFETENSORS)}"
+            )
+        return SAFETENSORS[code]
 
-    def bytes(self, name: str) -> Bytes:
+    def bytes(self, name: str) -> memoryview:
         """A tensor's bytes, over the memory map."""
         entry = self.entries[name]
-        return np.frombuffer(self._map, np.uint8, entry.end - entry.begin, entry.begin)
+        return memoryview(self._map)[entry.begin : entry.end]
 
     def raw(self, name: str) -> Raw:
         """A tensor as the kernels take it; valid while this file is."""
-        return Raw(self.bytes(name).ctypes.data, self.dtype(name), prod(self.entries[name].shape))
+        entry = self.entries[name]
+        return Raw(self._address + entry.begin, self.dtype(name), prod(entry.shape))
 
     def expect(self, name: str, most: int) -> None:
         """Have the first `most` bytes of a tensor read from disk, without waiting for them."""
@@ -210,7 +224,7 @@ class WeightsWriter:
         descriptor, offset = self._places[name]
         return Target(fd=descriptor, offset=offset)
 
-    def write(self, name: str, data: Bytes) -> str:
+    def write(self, name: str, data: "Bytes") -> str:
         """Write a tensor that was made in memory; returns its hash."""
         descriptor, offset = self._places[name]
         view, done = data.data, 0
@@ -218,13 +232,13 @@ class WeightsWriter:
             done += os.pwrite(descriptor, view[done:], offset + done)
         return hex_hash(hash_bytes(data))
 
-    def content(self, name: str) -> tuple[Bytes, str]:
+    def content(self, name: str) -> tuple[memoryview, str]:
         """The bytes of a tensor as they are in the file now, over a memory map, and their hash."""
         descriptor, offset = self._places[name]
         begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
         size = self.tensors[name].n_bytes
         mapped = mmap.mmap(descriptor, offset - begin + size, access=mmap.ACCESS_READ, offset=begin)
-        data = np.frombuffer(mapped, np.uint8, size, offset - begin)
+        data = memoryview(mapped)[offset - begin :]
         return data, hex_hash(hash_bytes(data))
 
     def finish(self, name: str, digest: str, **notes: Any) -> None:
@@ -258,16 +272,20 @@ def hex_hash(value: int) -> str:
     return f"{value:016x}"
 
 
-def widened(data: Bytes, dtype: str) -> np.ndarray[Any, Any]:
+def widened(data: "Bytes | memoryview", dtype: str) -> "np.ndarray[Any, Any]":
     """Bytes of a tensor as fp32 (fp64 for fp64), flat."""
+    import numpy as np
+
     if dtype == "bfloat16":
-        return (data.view("<u2").astype("<u4") << np.uint32(16)).view("<f4")
-    numbers = data.view({"float16": "<f2", "float32": "<f4", "float64": "<f8"}[dtype])
+        return (np.frombuffer(data, "<u2").astype("<u4") << np.uint32(16)).view("<f4")
+    numbers = np.frombuffer(data, {"float16": "<f2", "float32": "<f4", "float64": "<f8"}[dtype])
     return numbers.astype("<f4") if dtype == "float16" else numbers
 
 
-def narrowed(numbers: np.ndarray[Any, Any], dtype: str) -> Bytes:
+def narrowed(numbers: "np.ndarray[Any, Any]", dtype: str) -> "Bytes":
     """The inverse of `widened`, rounded to nearest even; NaN stays NaN."""
+    import numpy as np
+
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(numbers, "<f4").view("<u4")
         rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)

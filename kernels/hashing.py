@@ -11,45 +11,48 @@ passes of groups.h and target.h too. Nothing here needs torch.
 """
 
 from ctypes import c_int64, c_uint64, c_void_p
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from hyperllama.kernels.native import address, csrc, library, threads
 
-from hyperllama.kernels.native import csrc, library, threads
+if TYPE_CHECKING:  # numpy is imported by what computes with it: merging folders does not
+    import numpy as np
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 BLOCK = 2048
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_KEYS = (_GOLDEN * np.arange(1, BLOCK // 8 + 1, dtype=np.uint64)).reshape(-1, 8)
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def _mix(z: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _mix(z: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
 
 
-def hash_reference(data: Bytes) -> int:
+def hash_reference(data: "Bytes | memoryview") -> int:
     """The hash in numpy, 4096 blocks at a time."""
+    import numpy as np
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    keys = (golden * np.arange(1, BLOCK // 8 + 1, dtype=np.uint64)).reshape(-1, 8)
     total, piece = np.uint64(0), 4096 * BLOCK
     with np.errstate(over="ignore"):
         for start in range(0, len(data), piece):
-            part = data[start : start + piece]
+            part = np.frombuffer(data, np.uint8)[start : start + piece]
             words = np.pad(part, (0, -len(part) % BLOCK)).view("<u8").reshape(-1, BLOCK // 64, 8)
-            x = words ^ _KEYS
+            x = words ^ keys
             sums = ((x & np.uint64(0xFFFFFFFF)) * (x >> np.uint64(32)) + words).sum(1, dtype=np.uint64)
-            blocks = _mix(np.arange(start // BLOCK, start // BLOCK + len(words), dtype=np.uint64) + _GOLDEN)
+            blocks = _mix(np.arange(start // BLOCK, start // BLOCK + len(words), dtype=np.uint64) + golden)
             for lane in range(8):
                 blocks = _mix(blocks ^ sums[:, lane])
             total += blocks.sum(dtype=np.uint64)
     return int(total)
 
 
-def hash_bytes(data: Bytes) -> int:
-    """The hash of a contiguous array of bytes."""
+def hash_bytes(data: "Bytes | memoryview") -> int:
+    """The hash of bytes in one piece."""
     if library() is None:
         return hash_reference(data)
     function = csrc("hash")
     function.restype = c_uint64
-    return int(function(c_void_p(data.ctypes.data), c_int64(len(data)), threads()))
+    return int(function(c_void_p(address(data)), c_int64(len(data)), threads()))

@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.util
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -60,6 +59,8 @@ def library() -> ctypes.CDLL | None:
                 return ctypes.CDLL(str(folder / f"hyperllama_{name}.so"))
     if named := os.environ.get("HYPERLLAMA_CSRC"):
         raise HyperLlamaError(f"HYPERLLAMA_CSRC: {named} has none of hyperllama_{{{','.join(names)}}}.so for this CPU")
+    import logging
+
     logging.getLogger("hyperllama").warning("hyperllama was installed without a C++ compiler: CPU ops use plain torch")
     return None
 
@@ -88,6 +89,15 @@ def csrc(name: str) -> Any:
         raise HyperLlamaError(
             f"the installed csrc has no {name}: it is older than the code, install hyperllama again"
         ) from None
+
+
+def address(data: Any) -> int:
+    """Where the bytes of a buffer in one piece are: ctypes itself tells that of memory that may be written to, and of no other."""
+    view = (ctypes.c_size_t * 10)()  # a Py_buffer, which begins with the address
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), view, 0)
+    found = view[0]
+    ctypes.pythonapi.PyBuffer_Release(view)
+    return found
 
 
 def threads() -> int:

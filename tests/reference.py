@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hyperllama.arena import Arena
-from hyperllama.config import ModelConfig
 from hyperllama.hub import folded, hf_config, model_config, open_folder, read_weights, write_folder
 from hyperllama.model import Llama
+from hyperllama.settings import ModelConfig
 
 HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 

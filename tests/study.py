@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from hyperllama.config import RunConfig, validated
+from hyperllama.config import RunConfig
 from hyperllama.data.build import build_shards
 from hyperllama.data.sample import write_corpus
 from hyperllama.data.tokenizer import train_tokenizer
+from hyperllama.settings import validated
 
 LANGUAGES = ("eng", "swe")
 SEQ_LEN = 32

@@ -121,6 +121,16 @@ def test_help_names_the_verbs_and_version_is_the_packages(run):
     assert run("--version").out.strip() == __version__
 
 
+@pytest.mark.parametrize("first", ["json", "torch"])
+def test_the_end_takes_apart_what_torch_brought_and_nothing_else(first):
+    code = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
+        f"import {first}; sys.argv = ['hyperllama', 'merge', '--help']; from hyperllama.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(first != "torch") and not done.stderr
+
+
 def test_a_dry_run_prints_exact_integers_and_writes_nothing(run, recipe, tmp_path):
     file = recipe()
     before = files(tmp_path)

@@ -5,9 +5,11 @@ import itertools
 import pytest
 import yaml
 
-from hyperllama.config import ModelConfig, ModelSettings, load_run, override, read_yaml
+from hyperllama.config import ModelSettings, load_run
 from hyperllama.errors import HyperLlamaError
 from hyperllama.names import logical_tensors, packed_shapes
+from hyperllama.recipes import override, read_yaml
+from hyperllama.settings import ModelConfig
 
 RECIPE = {
     "name": "tiny",

@@ -5,11 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperllama.arena import Arena
-from hyperllama.config import ModelConfig
 from hyperllama.errors import HyperLlamaError
 from hyperllama.flops import Ledger, attended_pairs, growth_quantum, shared_quantum, window_flops, windows_for
 from hyperllama.kernels.backend import use
 from hyperllama.model import Llama
+from hyperllama.settings import ModelConfig
 
 PAPER = ModelConfig(
     vocab_size=128256, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64

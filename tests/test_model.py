@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from hyperllama.arena import Arena
-from hyperllama.config import ModelConfig
 from hyperllama.model import IGNORE, Llama
 from hyperllama.names import logical_tensors
+from hyperllama.settings import ModelConfig
 from tests.reference import random_ids, random_model, relative_error, shape, their_logits, transformers_llama
 
 CASES = {

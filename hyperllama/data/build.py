@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 
 import hyperllama
-from hyperllama.config import validated
 from hyperllama.data import units as units_module
 from hyperllama.data.assemble import assemble
 from hyperllama.data.choose import choose
@@ -51,6 +50,7 @@ from hyperllama.data.units import (
 )
 from hyperllama.errors import HyperLlamaError, Lost
 from hyperllama.files import atomic_file, atomic_folder, check_free, write_json
+from hyperllama.settings import validated
 
 Stage = Callable[[str], Progress]  # stage(name) begins a stage of the work and returns what its progress is told
 

@@ -151,9 +151,10 @@ def data_mixture(
 
     The same settings under data.mix of a training recipe set the weights of its sources.
     """
-    from hyperllama.config import MixSettings, validated
+    from hyperllama.config import MixSettings
     from hyperllama.data.shards import Shards
     from hyperllama.data.weights import table
+    from hyperllama.settings import validated
 
     mix = {"by": by, "unit": unit, "budget": budget, "max_epochs": max_epochs, "exponent": exponent}
     rows = table(

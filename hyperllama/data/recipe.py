@@ -17,10 +17,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hyperllama.config import Settings, override, read_yaml, validated
 from hyperllama.data.datasets import dataset_files
 from hyperllama.data.text import Keys, text_files
 from hyperllama.errors import HyperLlamaError
+from hyperllama.recipes import override, read_yaml
+from hyperllama.settings import Settings, validated
 
 
 class TextSource(Settings):

@@ -25,9 +25,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from hyperllama.config import read_yaml
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import atomic_folder
+from hyperllama.recipes import read_yaml
 
 LANGUAGES = ("eng", "est", "fao", "isl", "fas", "swe")
 SOURCE = "hyperllama sample text"

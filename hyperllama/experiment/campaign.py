@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hyperllama.config import RunConfig, validated
+from hyperllama.config import RunConfig
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.paper import Clone, Grid, Merge, Run, Task, data_recipes, merge_values, run_values
 from hyperllama.files import atomic_folder, check_free, read_json, write_json
 from hyperllama.flops import shared_quantum, window_flops
 from hyperllama.merge import parse_recipe
 from hyperllama.merge.planner import Outline, plan_outlines
+from hyperllama.settings import validated
 
 if TYPE_CHECKING:
     from hyperllama.hub import Folder

@@ -17,11 +17,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from hyperllama.config import ModelConfig, ModelSettings, OptimizerSettings, Settings, override, read_yaml, validated
+from hyperllama.config import ModelSettings, OptimizerSettings
 from hyperllama.data.recipe import DataRecipe, load_data_recipe
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.flops import shared_quantum, window_flops
 from hyperllama.merge.methods import METHODS
+from hyperllama.recipes import override, read_yaml
+from hyperllama.settings import ModelConfig, Settings, validated
 
 BASED = {"task_arithmetic", "ties", "dare_ties"}  # methods whose published recipes name a base, and a density
 CLONED = "572M-english-1x-cloned"

@@ -5,19 +5,12 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from hyperllama.config import (
-    ModelConfig,
-    ModelSettings,
-    OptimizerSettings,
-    ScheduleSettings,
-    Settings,
-    override,
-    read_yaml,
-    validated,
-)
+from hyperllama.config import ModelSettings, OptimizerSettings, ScheduleSettings
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.experiment.merges import NAMES, reads_text
 from hyperllama.flops import growth_quantum
+from hyperllama.recipes import override, read_yaml
+from hyperllama.settings import ModelConfig, Settings, validated
 
 FAMILIES = ("1x", "1x-cloned", "2x")
 SCRATCH = "2x-scratch"

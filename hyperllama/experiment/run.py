@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from hyperllama.config import ModelConfig, RunConfig, read_yaml, validated
+from hyperllama.config import RunConfig
 from hyperllama.data.build import build_shards
 from hyperllama.data.sample import write_corpus
 from hyperllama.data.text import iter_documents
@@ -43,6 +43,8 @@ from hyperllama.merge.executor import run as run_merge
 from hyperllama.merge.planner import plan as plan_merge
 from hyperllama.merge.recipe import read_recipe
 from hyperllama.progress import console, progress_bar
+from hyperllama.recipes import read_yaml
+from hyperllama.settings import ModelConfig, validated
 from hyperllama.train.loop import train
 from hyperllama.train.plan import make_plan
 

@@ -18,13 +18,14 @@ from typing import Any
 
 from pydantic import Field
 
-from hyperllama.config import Settings, override, read_yaml, validated
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.article import article
 from hyperllama.experiment.jobs import Step, carry_out
 from hyperllama.experiment.recipe import FAMILIES, SCRATCH, Arm, ExperimentConfig, budgets, grid
 from hyperllama.experiment.run import Study, run_experiment, window_cost
 from hyperllama.files import read_json, write_json, write_text
+from hyperllama.recipes import override, read_yaml
+from hyperllama.settings import Settings, validated
 
 VARIANTS = ("single", "tuned")
 PATHS = {"name", "out", "seed", "seeds", "results", "article", "corpus"}  # settings that decide no result

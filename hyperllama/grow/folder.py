@@ -7,13 +7,13 @@ the largest tensors.
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
 from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from hyperllama import __version__
 from hyperllama.companions import ADAM_V, TOKEN_COUNTS, Companion, CompanionFile, token_counts
@@ -21,7 +21,7 @@ from hyperllama.dtypes import BYTES, common_dtype
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import check_free, check_room
 from hyperllama.flops import Ledger, shared_quantum, window_flops
-from hyperllama.grow.operators import GrowVocabulary, Operator, TensorMap, grown_config
+from hyperllama.grow.operators import Axis, GrowVocabulary, Operator, TensorMap, grown_config
 from hyperllama.grow.verify import Gap, compare_logits, gap, report
 from hyperllama.hub import (
     Folder,
@@ -36,14 +36,16 @@ from hyperllama.hub import (
     streamed_folder,
 )
 from hyperllama.kernels import raw
-from hyperllama.kernels.hashing import Bytes, hash_bytes
-from hyperllama.kernels.native import usable
+from hyperllama.kernels.hashing import hash_bytes
+from hyperllama.kernels.native import address, usable
 from hyperllama.names import FINAL_NORM, logical_tensors
 from hyperllama.weights import NewTensor, hex_hash, narrowed, widened
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numpy and torch are imported by what computes with them: even tiles do not
+    import numpy as np
     from torch import Tensor
 
+    from hyperllama.kernels.hashing import Bytes
     from hyperllama.model import Llama
 
 KERNEL_DTYPES = ("float32", "bfloat16")
@@ -175,11 +177,13 @@ class _Growth:
         if len(self.maps) > 1 or how.pieces is not None or how.upper is not None:
             digest, gaps, read = self._by_torch(name, writer)
         elif how.zero:
+            import numpy as np
+
             read, gaps, digest = [], [], writer.write(name, np.zeros(tensor.n_bytes, np.uint8))
+        elif self._fits_csrc(name, how):
+            digest, gaps = self._matrix(name, how, writer)
         elif how.cols is None:
             digest, gaps = self._vector(name, how, writer)
-        elif self.dtype in KERNEL_DTYPES and self.folder.dtype(how.source) == self.dtype and usable():
-            digest, gaps = self._matrix(name, how, writer)
         else:
             digest, gaps, read = self._by_torch(name, writer)
         for source in read:
@@ -191,8 +195,18 @@ class _Growth:
         if not finite:
             raise HyperLlamaError(f"growing {self.folder.path}: tensor {name} has NaN or infinity; nothing was written")
 
-    def _values(self, name: str) -> np.ndarray[Any, Any]:
+    def _fits_csrc(self, name: str, how: TensorMap) -> bool:
+        """Whether csrc grows it, from map to file: a matrix, or a norm of even tiles with no head factor but the copies' own."""
+        if self.dtype not in KERNEL_DTYPES or self.folder.dtype(how.source) != self.dtype or not usable():
+            return False
+        factor = self.config.lm_head_normalization_factor
+        unfolded = name != FINAL_NORM or (self.factor == 1 and factor == (how.gain or 1))
+        return how.cols is not None or (how.rows.even_tiles and unfolded)
+
+    def _values(self, name: str) -> "np.ndarray[Any, Any]":
         """An old tensor, flat, in fp32 or fp64, with the values it has in the common dtype."""
+        import numpy as np
+
         stored = self.folder.dtype(name)
         values = widened(self.folder.bytes(name), stored)
         if name == FINAL_NORM and self.factor != 1.0:
@@ -201,6 +215,8 @@ class _Growth:
 
     def _vector(self, name: str, how: TensorMap, writer: FolderWriter) -> tuple[str, list[Gap]]:
         """Norms: gathered, times their gain."""
+        import numpy as np
+
         source = self._values(how.source)
         grown = source[how.rows.index()]
         if how.gain is not None:
@@ -209,7 +225,7 @@ class _Growth:
         self._finite(name, bool(np.isfinite(grown).all()))
         return writer.write(name, self._stored(name, grown)), [gap(how, source, grown)]
 
-    def _stored(self, name: str, values: np.ndarray[Any, Any]) -> Bytes:
+    def _stored(self, name: str, values: "np.ndarray[Any, Any]") -> "Bytes":
         """What goes to the file: a head factor folded into the final norm."""
         factor = self.config.lm_head_normalization_factor
         return narrowed(
@@ -217,49 +233,40 @@ class _Growth:
         )
 
     def _matrix(self, name: str, how: TensorMap, writer: FolderWriter) -> tuple[str, list[Gap]]:
-        """Tiles and gathers, from map to file; then the file's own bytes against the sums that they should have."""
-        assert how.cols is not None  # a matrix
+        """Tiles and gathers, from map to file; then the file's own bytes against the sums that they should have.
+
+        A norm is a row whose columns are outputs; the final one's, where logits are divided by the number of copies, are inputs.
+        """
+        rows, cols = (Axis(1), how.rows) if how.cols is None else (how.rows, how.cols)
+        outputs = how.outputs or (how.cols is None and how.gain is None)
         source, target = self.folder.raw(how.source), writer.target(name)
-        height, width = self.folder.shape(how.source)
-        rows, tiles = how.rows.index(), how.rows.even_tiles and how.cols.even_tiles
-        cols = how.cols.index()
-        if tiles:
-            half = None if how.noise_db is None or how.outputs or how.cols.copies < 2 else raw.half_range(how.noise_db)
-            divisor = 1 if how.outputs else how.cols.copies
-            raw.grow(
-                source,
-                target,
-                height,
-                width,
-                how.rows.copies,
-                how.cols.copies,
-                divisor,
-                half,
-                raw.noise_key(how.seed, name),
-            )
+        width = self.folder.shape(how.source)[-1]
+        row_index: Any
+        col_index: Any = None
+        if rows.even_tiles and cols.even_tiles:
+            half = None if how.noise_db is None or outputs or cols.copies < 2 else raw.half_range(how.noise_db)
+            divisor, key = 1 if outputs else cols.copies, raw.noise_key(how.seed, name)
+            raw.grow(source, target, rows.size, width, rows.copies, cols.copies, divisor, half, key)
+            row_index = _tiled(rows.size, rows.copies, cols.copies if outputs else 1)
         else:
-            scale = np.ascontiguousarray(np.ones(len(cols)) if how.outputs else how.cols.share(), np.float32)
+            import numpy as np
+
+            row_index, col_index = rows.index(), cols.index()
+            scale = np.ascontiguousarray(np.ones(len(cols)) if outputs else cols.share(), np.float32)
             raw.remap(
-                source, target, width, rows.ctypes.data, len(rows), cols.ctypes.data, len(cols), scale.ctypes.data
+                source, target, width, address(row_index), len(rows), address(col_index), len(cols), address(scale)
             )
         self._finite(name, bool(target.finite))
         content, digest = writer.content(name)
         if digest != hex_hash(target.hash):
             raise HyperLlamaError(f"tensor {name} was not written as it was grown: the disk or its memory is at fault")
-        grown = raw.Raw(content.ctypes.data, self.dtype, len(content) // BYTES[self.dtype])
-        if how.outputs and not tiles:
-            return digest, [
-                gap(
-                    how,
-                    widened(self.folder.bytes(how.source), self.dtype).reshape(height, width),
-                    widened(content, self.dtype).reshape(len(rows), -1),
-                )
-            ]
-        if how.outputs:  # every copy is whole: the matrix of (rows, copies) rows
-            rows = np.repeat(rows, how.cols.copies)
+        if outputs and col_index is not None:
+            before, after = (widened(data, self.dtype) for data in (self.folder.bytes(how.source), content))
+            return digest, [gap(how, before.reshape(-1, width), after.reshape(len(rows), -1))]
+        grown = raw.Raw(address(content), self.dtype, len(content) // BYTES[self.dtype])
         difference = raw.unfold(
-            source, grown, width, rows.ctypes.data, len(rows), None if tiles else cols.ctypes.data,
-            width if how.outputs else len(cols),
+            source, grown, width, address(row_index), len(row_index), None if col_index is None else address(col_index),
+            width if outputs else len(cols),
         )  # fmt: skip
         return digest, [Gap(*difference)]
 
@@ -290,6 +297,15 @@ class _Growth:
         return writer.write(name, content), gaps, sorted(set(read))
 
 
+@cache
+def _tiled(size: int, copies: int, times: int) -> "array[int]":
+    """The old row of every new one, int64: `copies` tiles of `size` rows, each row `times` times."""
+    rows = array("q", bytes(8 * size * times))
+    for i in range(times):
+        rows[i::times] = array("q", range(size))
+    return rows * copies
+
+
 def _load(folder: Folder) -> "Llama":
     """The folder's model in the dtype that holds all of its weights, on the CPU."""
     import torch
@@ -313,6 +329,8 @@ def _companions(folder: Folder, growth: _Growth, operators: Sequence[Operator]) 
         counts = {language: file.array(language, (small.vocab_size,)) for language in file.names}
         for operator in operators:
             if isinstance(operator, GrowVocabulary):  # a token that the run did not know was not counted
+                import numpy as np
+
                 ids = [pieces[0] if len(pieces) == 1 else -1 for pieces in operator.pieces]
                 counts = {language: np.append(old, 0)[ids] for language, old in counts.items()}
         found[TOKEN_COUNTS] = token_counts(counts, large.vocab_size)

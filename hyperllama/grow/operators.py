@@ -36,15 +36,17 @@ arXiv 2405.15319; SOLAR, Kim et al. 2023, arXiv 2312.15166. AKI takes matrices f
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from hyperllama.config import VOCAB_MULTIPLE, ModelConfig
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.names import EMBEDDING, FINAL_NORM, HEAD, logical_tensors
+from hyperllama.settings import VOCAB_MULTIPLE, ModelConfig
 
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:  # numpy is imported by what computes with it: even tiles are a few integers
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
 Split = Literal["even", "dyadic", "uneven"]
 
 
@@ -58,7 +60,7 @@ class Axis:
     size: int
     copies: int = 1
     shares: tuple[float, ...] | None = None
-    units: Array | None = None
+    units: "Array | None" = None
 
     @property
     def even_tiles(self) -> bool:
@@ -68,12 +70,16 @@ class Axis:
     def __len__(self) -> int:
         return self.size * self.copies if self.units is None else len(self.units)
 
-    def index(self) -> Array:
+    def index(self) -> "Array":
         """Old unit of every new one, int64."""
+        import numpy as np
+
         return np.tile(np.arange(self.size), self.copies) if self.units is None else self.units
 
-    def share(self) -> Array:
+    def share(self) -> "Array":
         """Share of every new unit among the copies of its old one, fp64."""
+        import numpy as np
+
         if self.units is not None:
             return 1 / np.bincount(self.units, minlength=self.size)[self.units]
         return np.repeat(np.array(self.shares or [1 / self.copies] * self.copies), self.size)
@@ -82,6 +88,8 @@ class Axis:
         """The axis whose units are the `width` elements of each of these units."""
         if self.units is None:
             return replace(self, size=self.size * width)
+        import numpy as np
+
         return Axis(self.size * width, units=(self.units[:, None] * width + np.arange(width)).ravel())
 
 
@@ -106,17 +114,21 @@ class TensorMap:
     fresh: bool = False
     pieces: tuple[tuple[int, ...], ...] | None = None
 
-    def gradient_factors(self) -> tuple[Array, Array | None]:
+    def gradient_factors(self) -> "tuple[Array, Array | None]":
         """b of every row and every column (None for vectors), fp64: m' = b m, v' = b^2 v, eps' = b eps, b their product."""
+        import numpy as np
+
         rows = self.rows.share() if self.gain is None else np.full(len(self.rows), 1 / self.gain)
         if self.cols is None:
             return rows, None
         return rows, self.cols.share() if self.outputs else np.ones(len(self.cols))
 
-    def lr_factors(self) -> Array | None:
+    def lr_factors(self) -> "Array | None":
         """a of every column (None for vectors: 1), fp64: lr' = a lr for the same step in function space."""
         if self.cols is None:
             return None
+        import numpy as np
+
         return np.ones(len(self.cols)) if self.outputs else self.cols.share()
 
 
@@ -286,6 +298,8 @@ class RandomCopies(Widen):
         return False  # a unit with three copies is divided by three
 
     def residual(self, config: ModelConfig) -> Axis:
+        import numpy as np
+
         size = config.hidden_size
         tiles = [np.argsort(_draws(self.seed, f"residual {i}", size), kind="stable") for i in range(1, self.factor)]
         return Axis(size, units=np.concatenate([np.arange(size), *tiles]))
@@ -466,13 +480,17 @@ def _shares(copies: int, split: str) -> tuple[float, ...] | None:
     return None
 
 
-def _draws(seed: int, what: str, n: int) -> Array:
+def _draws(seed: int, what: str, n: int) -> "Array":
     """`n` 64-bit random numbers, each a function of (seed, what, element) alone."""
+    import numpy as np
+
     digests = (blake2b(f"{seed} {what} {i}".encode(), digest_size=8).digest() for i in range(n))
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
 def _random(seed: int, what: str, size: int, factor: int) -> Axis:
     """All old units, then random ones."""
+    import numpy as np
+
     new = _draws(seed, what, size * (factor - 1)) % np.uint64(size)
     return Axis(size, units=np.concatenate([np.arange(size), new.astype(np.int64)]))

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from hyperllama.arena import Arena
-from hyperllama.config import ModelConfig
 from hyperllama.errors import HyperLlamaError
 from hyperllama.grow.operators import HyperClone
 from hyperllama.hub import model_config, open_folder
 from hyperllama.names import logical_tensors
+from hyperllama.settings import ModelConfig
 
 CHUNK = 1 << 22  # elements held in fp64 at a time
 

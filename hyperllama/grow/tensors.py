@@ -6,7 +6,7 @@ optimizer step does: paired noise keeps its exact sums in the masters' format.
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from hyperllama.arena import ALIGNMENT, Arena, Role
 from hyperllama.errors import HyperLlamaError
-from hyperllama.grow.operators import Array, Operator, TensorMap
+from hyperllama.grow.operators import Operator, TensorMap
 from hyperllama.kernels.backend import wide
 from hyperllama.kernels.grow import grow, remap
 from hyperllama.kernels.raw import noise_key
 from hyperllama.names import logical_tensors
+
+if TYPE_CHECKING:
+    from hyperllama.grow.operators import Array
 
 Read = Callable[[str], Tensor]
 Check = Callable[[TensorMap, Tensor, Tensor], None]
@@ -128,7 +131,7 @@ def _clear_of_sources(small: Arena, large: Arena) -> bool:
     return all(end <= start for end, start in zip(ends, starts[1:], strict=False))
 
 
-def _gather(how: TensorMap, source: Tensor, read: Read, row_scale: Array, col_scale: Array | None) -> Tensor:
+def _gather(how: TensorMap, source: Tensor, read: Read, row_scale: "Array", col_scale: "Array | None") -> Tensor:
     """Rows and columns by index, times their scales; new rows come from `how.upper` where there is one."""
     dtype, device = wide(source.dtype), source.device
     index = torch.from_numpy(how.rows.index()).to(device)

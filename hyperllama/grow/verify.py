@@ -12,12 +12,11 @@ few tokens; logits see the program too.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from hyperllama.errors import HyperLlamaError
-from hyperllama.grow.operators import Array, GrowVocabulary, Operator, TensorMap
+from hyperllama.grow.operators import GrowVocabulary, Operator, TensorMap
 
 if TYPE_CHECKING:
+    from hyperllama.grow.operators import Array
     from hyperllama.model import Llama
 
 CHUNK = 1 << 20  # elements of the grown tensor that are widened at a time
@@ -36,8 +35,10 @@ class Gap(NamedTuple):
         return self.difference <= SMALL * self.largest + FLOOR.get(dtype, 1e-37)
 
 
-def gap(how: TensorMap, source: Array, grown: Array) -> Gap:
+def gap(how: TensorMap, source: "Array", grown: "Array") -> Gap:
     """The gap of one tensor in fp64, a few rows at a time; arrays of any float dtype. `how.upper` is not looked at."""
+    import numpy as np
+
     rows = how.rows.index() if how.pieces is None else np.arange(len(how.rows))
     source, grown = source.reshape(len(source), -1), grown.reshape(len(grown), -1)
     if how.pieces is not None:

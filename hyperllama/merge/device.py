@@ -21,7 +21,7 @@ from torch import Tensor
 from hyperllama.dtypes import BYTES
 from hyperllama.errors import HyperLlamaError
 from hyperllama.hub import Folder, FolderWriter
-from hyperllama.kernels.hashing import Bytes, hash_bytes
+from hyperllama.kernels.hashing import hash_bytes
 from hyperllama.merge.executor import Hashes
 from hyperllama.merge.steps import Step
 from hyperllama.merge.tensors import merged
@@ -94,7 +94,7 @@ class _Loader:
                 hashes.setdefault(read.model, {})[read.tensor] = hex_hash(hash_bytes(content))
             return _Inputs(tensors, hashes, self.lane.event())
 
-    def _copy(self, content: Bytes, to: Tensor) -> None:
+    def _copy(self, content: memoryview, to: Tensor) -> None:
         for at in range(0, len(content), PIECE):
             memory, busy = self.pieces.pop(0)
             if busy is not None:

@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from hyperllama.config import ModelConfig
 from hyperllama.dtypes import BYTES
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.files import sha256_file
@@ -16,6 +15,7 @@ from hyperllama.merge.methods import Call
 from hyperllama.merge.recipe import Recipe
 from hyperllama.merge.steps import Step, tensor_steps
 from hyperllama.names import HEAD, logical_tensors
+from hyperllama.settings import ModelConfig
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _MAY_DIFFER = {"tie_embeddings", "max_position_embeddings", "initializer_range"}

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from hyperllama.config import parse_yaml, read_text
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.merge.methods import METHODS
 from hyperllama.names import EMBEDDING, HEAD
+from hyperllama.recipes import parse_yaml, read_text
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -86,7 +86,7 @@ def first_set(levels: Iterable[Parameters], name: str, tensor_name: str, t: floa
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -102,7 +102,7 @@ class Model(_Strict):
     """One entry of `models:`: a folder and its own parameters."""
 
     model: str
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: Parameters = {}
 
 
 class SliceSource(Model):
@@ -123,7 +123,7 @@ class Slice(_Strict):
     sources: list[SliceSource] = Field(min_length=1)
     base_model: str | None = None
     residual_weight: float | None = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: Parameters = {}
 
     @model_validator(mode="after")
     def _equal_lengths(self) -> "Slice":
@@ -195,7 +195,7 @@ class Extensions(_Strict):
 
     seed: int = 0
     compat: Literal["mergekit"] | None = None
-    importance: list[Importance] = Field(default_factory=list)
+    importance: list[Importance] = []
     learn: Learn | None = None
     regmean: RegMeanSettings | None = None
 
@@ -212,7 +212,7 @@ class Recipe(_Strict):
     models: list[Model] | None = None
     slices: list[Slice] | None = None
     modules: Any = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: Parameters = {}
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: Any = None

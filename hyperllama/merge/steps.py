@@ -79,10 +79,6 @@ class Step:
         return HyperLlamaError(f"tensor {self.name} merged from {models} has NaN or infinity as {self.dtype}")
 
 
-def _layers(source: TensorSource) -> int:
-    return max(_layer_tensors(source), default=-1) + 1
-
-
 def _layer_tensors(source: TensorSource) -> dict[int, set[str]]:
     """The tensors of every layer, by what follows its number."""
     found: dict[int, set[str]] = {}
@@ -92,9 +88,8 @@ def _layer_tensors(source: TensorSource) -> dict[int, set[str]]:
     return found
 
 
-def _output_slices(recipe: Recipe, sources: Mapping[str, TensorSource]) -> list[Slice]:
+def _output_slices(recipe: Recipe, sources: Mapping[str, TensorSource], layers: Mapping[str, int]) -> list[Slice]:
     """The recipe's slices; `models:` is one slice of all layers, with the base last unless it is listed."""
-    layers = {label: _layers(source) for label, source in sources.items()}
     if recipe.slices:
         for part in recipe.slices:
             for source in part.sources:
@@ -141,7 +136,8 @@ class _Steps:
 
     def build(self) -> Iterator[Step]:
         """All steps: embedding from the first slice, layers in order, final norm and head from the last slice."""
-        slices = _output_slices(self.recipe, self.sources)
+        numbers = {label: max(found, default=-1) + 1 for label, found in self.layers.items()}
+        slices = _output_slices(self.recipe, self.sources, numbers)
         yield self._step(EMBEDDING, [EMBEDDING] * len(slices[0].sources), slices[0], 0.0)
         out = 0
         for part in slices:

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from hyperllama.config import ModelConfig
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import read_json
 from hyperllama.kernels import attention_libraries
 from hyperllama.kernels.attention import BACKENDS, obstacle, unmeasured
 from hyperllama.kernels.attention_choice import Problem, measure, pick, table
 from hyperllama.progress import console
+from hyperllama.settings import ModelConfig
 from hyperllama.train.distributed import Processes
 from hyperllama.train.plan import Plan
 

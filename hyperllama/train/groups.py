@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hyperllama.arena import ALIGNMENT, Arena
-from hyperllama.config import ModelConfig
 from hyperllama.grow.operators import Operator, TensorMap
 from hyperllama.names import logical_tensors
+from hyperllama.settings import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ import yaml
 from hyperllama import __version__
 from hyperllama.checkpoint import Checkpointer, adam_v, checkpoints, export_model
 from hyperllama.companions import ADAM_V, TOKEN_COUNTS, token_counts
-from hyperllama.config import RunConfig, read_yaml, validated
+from hyperllama.config import RunConfig
 from hyperllama.data.loader import Loader, micro_batches, nothing
 from hyperllama.errors import Diverged, HyperLlamaError, Stopped, WrongIndex
 from hyperllama.files import read_json, write_json, write_text
 from hyperllama.flops import Ledger, window_flops
 from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks, no_collections
 from hyperllama.progress import console, progress_bar
+from hyperllama.recipes import read_yaml
+from hyperllama.settings import validated
 from hyperllama.train.attention import attention_backend
 from hyperllama.train.distributed import Processes, deterministic, processes
 from hyperllama.train.folder import only_run, plot_runs, write_environment

@@ -11,7 +11,7 @@ import torch
 
 from hyperllama.arena import arena_bytes, layout, sharded_bytes
 from hyperllama.companions import TOKEN_COUNTS, Companion, token_counts
-from hyperllama.config import ModelConfig, RunConfig, StageSettings, validated
+from hyperllama.config import RunConfig, StageSettings
 from hyperllama.data.mixture import Mixture, Source, Windows
 from hyperllama.data.shards import Shards, check_tokenizer
 from hyperllama.data.stages import Blend, Stages
@@ -25,6 +25,7 @@ from hyperllama.grow.operators import HyperClone
 from hyperllama.hub import Folder, folder_hashes, model_config, open_folder
 from hyperllama.kernels import attention_libraries
 from hyperllama.kernels.raw import check_noise
+from hyperllama.settings import ModelConfig, validated
 from hyperllama.train.schedule import lr_ratio, rewarm_ratio
 from hyperllama.train.watch import check_watching
 

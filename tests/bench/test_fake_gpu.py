@@ -11,10 +11,10 @@ from bench import workloads
 from bench.fake_gpu import HostSync, Pointer, backward, fake_gpu
 from bench.shapes import SHAPES
 from hyperllama.arena import Arena
-from hyperllama.config import ModelConfig
 from hyperllama.kernels.backend import GPUS
 from hyperllama.kernels.rms_norm import rms_norm
 from hyperllama.model import Llama
+from hyperllama.settings import ModelConfig
 
 SMALL = replace(SHAPES["180M"], vocab_size=1024)  # launches do not depend on it, plain torch's chunks do
 # Of a layer with documents, so with our own attention, forward and backward; equal in every version of torch or this is to be

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from hyperllama.bench import harness, merge
-from hyperllama.config import ModelConfig
 from hyperllama.grow.folder import grow_folder
 from hyperllama.grow.operators import HyperClone
+from hyperllama.settings import ModelConfig
 
 TINY = ModelConfig(
     hidden_size=32, intermediate_size=48, num_layers=8, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=128,

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hyperllama.config import validated
 from hyperllama.data import units
 from hyperllama.data.build import build
 from hyperllama.data.recipe import DataRecipe, load_data_recipe
 from hyperllama.data.shards import Shards, inspect
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
 from hyperllama.errors import HyperLlamaError
+from hyperllama.settings import validated
 
 WORDS = ["báturin", "liggur", "í", "fjøruni", "og", "eingin", "veit", "hvør", "læt", "hann", "har", "eftir"]
 

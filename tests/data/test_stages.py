@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from hyperllama.config import DataSettings, TailSettings, validated
+from hyperllama.config import DataSettings, TailSettings
 from hyperllama.data.loader import Loader
 from hyperllama.data.mixture import Mixture, Source
 from hyperllama.data.shards import Shards
 from hyperllama.data.stages import Blend, Stages, greedy_blend
 from hyperllama.data.tail import Tail
 from hyperllama.errors import HyperLlamaError
+from hyperllama.settings import validated
 from hyperllama.train.loop import train
 from hyperllama.train.plan import make_plan
 from tests.study import run_config

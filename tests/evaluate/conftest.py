@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hyperllama.config import ModelConfig
 from hyperllama.data.tokenizer import Tokenizer, train_tokenizer
 from hyperllama.hub import folded, hf_config, write_folder
+from hyperllama.settings import ModelConfig
 from tests.reference import random_model, shape
 
 TEXT = (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hyperllama.config import RunConfig, load_run, validated
+from hyperllama.config import RunConfig, load_run
 from hyperllama.data.recipe import load_data_recipe
 from hyperllama.errors import HyperLlamaError
 from hyperllama.experiment.campaign import commands, describe, finished, gpu_hours, levels, run_grid, write_recipes
@@ -19,6 +19,7 @@ from hyperllama.experiment.paper import Grid, Run, load_paper, merge_values, pap
 from hyperllama.flops import window_flops
 from hyperllama.merge import read_recipe
 from hyperllama.merge.planner import Outline, plan_outlines
+from hyperllama.settings import validated
 from hyperllama.train.schedule import decay_steps, lr_ratio
 from tests.study import SEQ_LEN
 

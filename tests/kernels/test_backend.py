@@ -137,7 +137,7 @@ def test_everything_imports_and_runs_without_triton():
         "names = [found.name for found in pkgutil.iter_modules(hyperllama.kernels.__path__)]\n"
         "assert [importlib.import_module('hyperllama.kernels.' + name) for name in names]\n"
         "from hyperllama.arena import Arena\n"
-        "from hyperllama.config import ModelConfig\n"
+        "from hyperllama.settings import ModelConfig\n"
         "from hyperllama.model import Llama\n"
         "config = ModelConfig(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16,\n"
         "    vocab_size=128, max_position_embeddings=8)\n"

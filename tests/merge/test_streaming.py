@@ -170,7 +170,7 @@ def test_a_forced_backend_is_that_of_folders_too(models: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "method", ["linear", "task_arithmetic", "ties", "dare_ties", "multislerp", "slerp", "model_stock"]
 )
-def test_merging_by_the_library_imports_no_torch(models: Path, method: str) -> None:
+def test_merging_by_the_library_imports_neither_torch_nor_numpy(models: Path, method: str) -> None:
     base = {"linear": {}, "multislerp": {}}.get(method, {"base_model": "base"})
     listed = [
         {"model": name, "parameters": {"weight": 1, "density": 0.5}} for name in "ab"[: 1 if method == "slerp" else 2]
@@ -182,34 +182,44 @@ def test_merging_by_the_library_imports_no_torch(models: Path, method: str) -> N
         **({"parameters": {"t": 0.3}} if method == "slerp" else {}),
     }
     (models / "recipe.yaml").write_text(yaml.safe_dump(made))
-    without_torch("merge", "recipe.yaml", "out", "--quiet", cwd=models)
+    without("torch", "numpy")("merge", "recipe.yaml", "out", "--quiet", cwd=models)
     assert load_file(models / "out" / "model.safetensors")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--noise-db", "10"], ["--factor", "3", "--dyadic"], ["--method", "net2wider"],
                                        ["--method", "identity"], ["--method", "lemon"]], ids=str)  # fmt: skip
 def test_growing_by_the_library_imports_no_torch(models: Path, arguments: list[str]) -> None:
-    said = without_torch("grow", "a", "out", "--quiet", *arguments, cwd=models)
+    said = without("torch")("grow", "a", "out", "--quiet", *arguments, cwd=models)
     assert ("function preserved" in said) == (
         arguments[-1:] not in (["net2wider"], ["lemon"])
     )  # those round shares in bf16
 
 
-def test_help_imports_no_torch(tmp_path: Path) -> None:
-    assert "merge" in without_torch("--help", cwd=tmp_path)
+@pytest.mark.parametrize("arguments", [[], ["--noise-db", "10"], ["--factor", "4", "--ffn-factor", "2"]], ids=str)
+def test_growing_by_even_tiles_imports_no_numpy(models: Path, arguments: list[str]) -> None:
+    assert "function preserved" in without("torch", "numpy")("grow", "a", "out", "--quiet", *arguments, cwd=models)
 
 
-def without_torch(*arguments: str, cwd: Path) -> str:
-    """What a command prints in a process in which torch can't be imported."""
+def test_help_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
+    assert "merge" in without("torch", "numpy")("--help", cwd=tmp_path)
+
+
+def without(*modules: str) -> Callable[..., str]:
+    """A function that says what a command prints in a process in which the modules can't be imported."""
     code = (
-        "import sys; sys.modules['torch'] = None; sys.argv[0] = 'hyperllama'; from hyperllama.cli import main; main()"
+        f"import sys; sys.modules.update(dict.fromkeys({modules})); sys.argv[0] = 'hyperllama'\n"
+        "from hyperllama.cli import main; main()"
     )
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+
+    def call(*arguments: str, cwd: Path) -> str:
+        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return call
 
 
 OPERATORS: dict[str, Operator] = {
