@@ -91,7 +91,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
 
     def save() -> None:
         state = {**run.to_json(), **{key: metrics.last.get(key) for key in ("loss", "bits_per_byte")}}
-        saver.save(run.step, run.pieces(), run.arena, state, problem=metrics.problem)
+        saver.save(run.step, run.pieces(), run.arena, state, metrics.secure)
 
     def export(path: Path) -> dict[str, Any]:
         card = run.card()
@@ -108,6 +108,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     with (
         _StopRequest() as stop,  # first: an interrupt in the middle of a collection would be lost
         logs,
+        saver,
         no_collections(),
         Loader(
             plan.mixture,

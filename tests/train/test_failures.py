@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from hyperllama import cli
@@ -20,6 +21,7 @@ from hyperllama.kernels.backend import wrong_index_flag
 from hyperllama.train import update
 from hyperllama.train.loop import train
 from hyperllama.train.update import clip_or_skip
+from hyperllama.train.watchdog import Watchdog
 from tests.study import run_config, settings
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +167,29 @@ def pair(study: Path, out: Path, **changes) -> list[subprocess.Popen]:
 
 
 LONG = {"budget": {"windows": 400_000}, "log_every": 1, "timeout_seconds": 5}
+
+
+def test_who_says_that_it_works_is_waited_for_and_who_stops_saying_so_is_named(monkeypatch, capfd):
+    codes, told = set(), ""
+    monkeypatch.setattr(os, "_exit", codes.add)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with Watchdog(store, 0, 2, 3.0) as saves, Watchdog(store, 1, 2, 3.0) as waits:
+        saves.doing(1, "saving")
+        waits.doing(1, "saving")
+        waits.doing(2, "forward")
+        for _ in range(70):
+            saves.alive()
+            time.sleep(0.1)
+        assert not codes
+        expected = (
+            "hangs: rank 0 (saving of step 1); rank 1 waited in forward of step 2",
+            "rank 0 itself hangs; rank 0 waited in saving of step 1",
+        )
+        deadline = time.monotonic() + 60
+        while not all(sentence in told for sentence in expected) and time.monotonic() < deadline:
+            told += capfd.readouterr().err
+            time.sleep(0.1)
+    assert codes == {4} and all(sentence in told for sentence in expected)
 
 
 @pytest.mark.parametrize("how, found", [(signal.SIGSTOP, "silent"), (signal.SIGKILL, "silent")])
