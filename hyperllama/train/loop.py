@@ -191,14 +191,14 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 tell(run.step, text)
                 gc.collect()
                 if metrics.skipped_in_a_row >= config.max_skipped:
-                    saver.wait()
+                    _saved_by_all(saver, mine)
                     raise Diverged(_diverged(metrics, out, run.step))
             if run.windows in plan.milestones:
                 export(out / "milestones" / str(plan.milestones[run.windows]))
             if stop.agreed(mine) and run.step < plan.steps:
                 flush()
                 save()
-                raise Stopped(stop.signal, _farewell(saver, out, run.step, plan.steps))
+                raise Stopped(stop.signal, _farewell(saver, mine, out, run.step, plan.steps))
             if due and run.step < plan.steps:
                 save()
 
@@ -252,9 +252,17 @@ def _wrong_index(error: WrongIndex, plan: Plan) -> str:
     )
 
 
-def _farewell(saver: Checkpointer, out: Path, step: int, steps: int) -> str:
+def _saved_by_all(saver: Checkpointer, mine: Processes) -> bool:
+    """Wait until every process has its part of the last save on disk, the first the whole; False when one of them failed.
+
+    Who left before would have torchrun end the others in the middle of theirs.
+    """
+    return not mine.largest_int(int(not saver.wait()))
+
+
+def _farewell(saver: Checkpointer, mine: Processes, out: Path, step: int, steps: int) -> str:
     """What a run says that was stopped by a signal, once its save is on disk or has failed."""
-    if saver.wait():
+    if _saved_by_all(saver, mine):
         return f"saved after step {step} of {steps}; the same command goes on from there"
     return f"step {step} of {steps} could not be saved ({saver.failed}); the same command {_next_start(out)}"
 
@@ -309,7 +317,10 @@ def check_folder(plan: Plan) -> None:
 
 
 class _StopRequest:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second one interrupts at once."""
+    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second SIGINT interrupts at once.
+
+    A second SIGTERM does not: where a cluster signals all processes of a job, torchrun passes on to its own what they already have.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -328,9 +339,9 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
     def agreed(self, mine: Processes) -> bool:
         """Whether any process got a signal; then all of them have it."""
