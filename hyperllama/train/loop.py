@@ -23,7 +23,7 @@ from hyperllama.memory import give_back_freed_blocks, keep_freed_blocks, no_coll
 from hyperllama.progress import console, progress_bar
 from hyperllama.train.attention import attention_backend
 from hyperllama.train.distributed import Processes, deterministic, processes
-from hyperllama.train.folder import only_run, plot_runs, write_environment
+from hyperllama.train.folder import check_alike, only_run, plot_runs, write_environment
 from hyperllama.train.metrics import Events, Metrics, PlainProgress, device_name, peak_flops, speed_text
 from hyperllama.train.plan import PLACING, WATCHING, Plan, make_plan
 from hyperllama.train.state import State
@@ -35,14 +35,16 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
 
     `label` is what the progress bar calls it (default: its name).
 
-    Raises HyperLlamaError before any work for whatever make_plan refuses, or when `out` holds another run; Stopped after a signal;
-    Diverged when too many steps in a row had no finite loss or gradient; Lost when another process is gone.
+    Raises HyperLlamaError before any work for whatever make_plan refuses, when `out` holds another run, or when the processes were
+    started unlike; Stopped after a signal; Diverged when too many steps in a row had no finite loss or gradient; Lost when another
+    process is gone.
     """
     out = Path(config.out)
     with processes(config.device, config.timeout_seconds) as mine, deterministic(config.deterministic):
         if config.cuda_graphs is True and mine.device.type != "cuda":
             raise HyperLlamaError("cuda_graphs: this run has no CUDA device to record on")
         plan = make_plan(config)
+        check_alike(plan, mine)
         check_folder(plan)
         if (out / "run.json").is_file():
             return read_json(out / "run.json")
