@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +44,7 @@ ROLES = ("master", "m", "v")
 SUMS = "SHA256SUMS"
 DTYPES = {"float32": "F32", "float64": "F64"}
 PART_SECONDS = 600.0  # how long the first process waits for another's part: a process that is gone must not stop the saves for ever
+LAST_SECONDS = 10.0  # ... when the run has ended by an error: most likely that process is gone
 
 Pieces = dict[int, dict[str, Tensor]]  # first element in the arena -> role -> flat tensor
 
@@ -73,8 +74,9 @@ def checkpoints(run: Path) -> list[Path]:
 class Checkpointer:
     """Writes the checkpoints of one run, and removes those that the settings don't keep.
 
-    All processes construct it together and call `save` at the same steps. `say(event, sentence)` is told of what was saved and what
-    could not be: a save that fails (a full disk) leaves the checkpoints before it as they are, and the run goes on.
+    All processes construct it together and call `save` at the same steps. `say(event, sentence)` is told of what could not be
+    saved: a save that fails (a full disk) leaves the checkpoints before it as they are, and the run goes on. As a context manager
+    it learns of an error that ends the run, after which a save no longer waits for a process that may be gone.
     """
 
     def __init__(self, run: Path, settings: CheckpointSettings, peers: Peers, say: Callable[[str, str], None]):
@@ -87,12 +89,22 @@ class Checkpointer:
         self.stalled = 0.0  # seconds that the loop has waited for saves
         self._copies: dict[str, Tensor] = {}
         self._thread: Thread | None = None
+        self._ended = Event()
         self._sweep("")
 
-    def save(self, step: int, pieces: Pieces, arena: Arena, state: dict[str, Any], *, problem: str = "") -> None:
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._ended.set()
+
+    def save(
+        self, step: int, pieces: Pieces, arena: Arena, state: dict[str, Any], first: Callable[[], None] = lambda: None
+    ) -> None:
         """Copy `pieces` and let a thread write them as checkpoint `step`, with `state` (JSON) beside them.
 
-        A `problem` makes the save fail for that reason: what belongs to the checkpoint, but lies elsewhere, could not be written.
+        The thread calls `first`, which has the disk hold what belongs to the checkpoint but lies elsewhere: a save fails with it.
         """
         began = time.perf_counter()
         self.wait()
@@ -106,16 +118,14 @@ class Checkpointer:
         arrays = {
             f"{role}@{at}": self._copied(f"{role}@{at}", t) for at, held in pieces.items() for role, t in held.items()
         }
-        self._thread = Thread(target=self._write, args=(step, arrays, state, problem), name="checkpoint")
+        self._thread = Thread(target=self._write, args=(step, arrays, state, first), name="checkpoint")
         self._thread.start()
         self.stalled += time.perf_counter() - began
 
     def wait(self) -> bool:
         """Wait until the last save is on disk; False when it failed."""
         if self._thread is not None:
-            while self._thread.is_alive():
-                self._thread.join(1.0)
-                self.alive()  # a slow disk is no hanging process
+            self._thread.join()
             self._thread = None
         return not self.failed
 
@@ -133,18 +143,19 @@ class Checkpointer:
             self._copies[name] = held = torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda)
         return held.copy_(tensor).numpy()
 
-    def _write(self, step: int, arrays: dict[str, np.ndarray], state: dict[str, Any], problem: str) -> None:
+    def _write(
+        self, step: int, arrays: dict[str, np.ndarray], state: dict[str, Any], first: Callable[[], None]
+    ) -> None:
         name, folder = f"step-{step:08}", self.run / "checkpoints"
         temporary, mine = folder / f".{name}.{self.attempt}.tmp", _shard(self.rank, self.world)
         self._sweep(temporary.name)
         try:
-            if problem:
-                raise OSError(problem)
+            first()
             temporary.mkdir(parents=True, exist_ok=True)
-            digest = write_arrays(temporary / mine, arrays)
+            digest = write_arrays(temporary / mine, arrays, self.alive)  # a slow disk is no hanging process
             write_text(temporary / f"{mine}.sum", f"{digest}  {mine}\n")
             if self.rank == 0:
-                _complete(temporary, state, folder / name)
+                _complete(temporary, state, folder / name, self._ended)
                 self._retain()
             self.failed = ""
             self.saved += 1
@@ -185,8 +196,8 @@ def _shard(rank: int, world: int) -> str:
     return f"rank-{rank:05}-of-{world:05}.safetensors"
 
 
-def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> str:
-    """Write flat arrays as a safetensors file, onto the disk; returns its SHA-256, computed on the way.
+def write_arrays(file: Path, arrays: dict[str, np.ndarray], alive: Callable[[], None] = lambda: None) -> str:
+    """Write flat arrays as a safetensors file, onto the disk; returns its SHA-256, computed on the way. `alive` every 4 MiB.
 
     The safetensors library would copy every array and hold the interpreter's lock meanwhile: the training loop would stand still.
     """
@@ -202,6 +213,7 @@ def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> str:
         for data in blocks:
             for first in range(0, len(data), 1 << 22):
                 part = data[first : first + (1 << 22)]
+                alive()
                 digest.update(part)
                 while len(part):
                     part = part[out.write(part) :]  # an unbuffered write may take less than it was given
@@ -209,16 +221,17 @@ def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _complete(temporary: Path, state: dict[str, Any], folder: Path) -> None:
-    """Wait for every process's part, then give the checkpoint its name."""
-    deadline = time.monotonic() + PART_SECONDS
+def _complete(temporary: Path, state: dict[str, Any], folder: Path, ended: Event) -> None:
+    """Wait for every process's part, not for long once the run has ended; then give the checkpoint its name."""
+    began = time.monotonic()
     sums = [temporary / f"{name}.sum" for name in state["files"]]
     while not all(file.is_file() for file in sums):
         for file in temporary.glob("*.failed"):
             raise OSError(f"{file.stem} could not be written")
-        if time.monotonic() > deadline:
+        seconds = LAST_SECONDS if ended.is_set() else PART_SECONDS
+        if time.monotonic() - began > seconds:
             missing = next(file.stem for file in sums if not file.is_file())
-            raise OSError(f"{missing} did not come within {PART_SECONDS:.0f} seconds")
+            raise OSError(f"{missing} did not come within {seconds:.0f} seconds")
         time.sleep(0.01)
     write_json(temporary / "state.json", state)
     lines = [file.read_text() for file in sums] + [f"{sha256_file(temporary / 'state.json')}  state.json\n"]

@@ -62,12 +62,13 @@ def train_command(
         pick_device(config.device)
         plan = make_plan(config)
         check_folder(plan)
-        print_value(plan.describe(), as_json)
+        if _is_first():
+            print_value(plan.describe(), as_json)
         return
     from hyperllama.train.loop import train
 
     record = train(config, quiet=quiet)
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         print_value(record if as_json else {key: record[key] for key in ("name", "ledger", "loss", "seconds")}, as_json)
 
 
@@ -606,8 +607,10 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
     except Stopped as stop:
-        _fail(str(stop), 128 + stop.signal)
-    except (Diverged, Lost) as error:
+        _fail(str(stop) if _is_first() else "", 128 + stop.signal)
+    except Diverged as error:
+        _fail(str(error) if _is_first() else "", error.code)
+    except Lost as error:
         _fail(str(error), error.code)
     except Exception as error:
         if not hasattr(error, "show"):
@@ -621,6 +624,12 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _is_first() -> bool:
+    """Whether this process tells what all processes of a run know."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fail(sentence: str, code: int) -> None:
-    print(f"hyperllama: {sentence}", file=sys.stderr)
+    if sentence:
+        print(f"hyperllama: {sentence}", file=sys.stderr)
     sys.exit(code)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -129,11 +130,11 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written_and_changes_nothing_in_i
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypatch, culprit):
     arena, made, write = filled(), savers(tmp_path, 2), checkpoint.write_arrays
 
-    def full(file, arrays):
+    def full(file, arrays, alive):
         if f"rank-{culprit:05}" in file.name and "0002" in str(file.parent):
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(file, arrays)
+        return write(file, arrays, alive)
 
     monkeypatch.setattr(checkpoint, "write_arrays", full)
     outcomes = []
@@ -148,6 +149,35 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypat
     ((event, sentence),) = made[0].told
     assert event == "not_saved" and "step-00000002" in sentence and "the newest is" in sentence
     assert ("No space left" if culprit == 0 else "rank-00001") in sentence
+
+
+def test_what_lies_elsewhere_is_on_the_disk_first(tmp_path):
+    (saver,), arena, done = savers(tmp_path), filled(), []
+    saver.save(1, slices(arena), arena, {}, lambda: done.append(checkpoints(tmp_path)))
+    assert saver.wait() and done == [[]]
+
+    def refuse():
+        raise OSError("metrics.jsonl: No space left on device")
+
+    saver.save(2, slices(arena), arena, {}, refuse)
+    assert not saver.wait() and [path.name for path in checkpoints(tmp_path)] == ["step-00000001"]
+    assert "metrics.jsonl: No space left" in saver.told[0][1]
+
+
+def test_a_save_does_not_wait_for_a_process_that_ended_the_run(tmp_path, monkeypatch):
+    """Otherwise the interpreter, which waits for its threads, would stay for PART_SECONDS."""
+    monkeypatch.setattr(checkpoint, "LAST_SECONDS", 0.1)
+    arena, (first, _) = filled(), savers(tmp_path, 2)
+    with pytest.raises(RuntimeError, match="gloo"), first:
+        first.save(1, slices(arena, 0, 2), arena, {})
+        raise RuntimeError("gloo: connection closed by peer")
+    assert not first.wait() and "rank-00001-of-00002.safetensors did not come" in first.told[0][1]
+
+
+def test_a_slow_write_tells_that_it_goes_on(tmp_path):
+    blocks = []
+    checkpoint.write_arrays(tmp_path / "part", {"m@0": np.zeros(5 << 19, np.float32)}, lambda: blocks.append(1))
+    assert len(blocks) == 1 + 3  # header, 10 MiB
 
 
 def test_retention_keeps_the_newest_every_nth_and_the_best(tmp_path):

@@ -75,13 +75,21 @@ class Processes:
 
 
 def pick_device(setting: str, local_rank: int = 0) -> torch.device:
-    """The device of a `device: auto|cpu|cuda` setting."""
+    """The device of a `device: auto|cpu|cuda` setting for process `local_rank` of this machine.
+
+    Raises HyperLlamaError when there is no CUDA device, or none for this process.
+    """
     if setting == "cuda" and not torch.cuda.is_available():
         raise HyperLlamaError(
             "device is cuda, but torch sees no CUDA device: set device=cpu or install a CUDA build of torch"
         )
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= (devices := torch.cuda.device_count()):
+        raise HyperLlamaError(
+            f"process {local_rank + 1} of this machine has no CUDA device, torch sees {devices}: "
+            f"start {devices} (torchrun --nproc-per-node={devices}), or set device=cpu"
+        )
     return torch.device("cuda", local_rank)
 
 

@@ -1,16 +1,19 @@
 """A run folder explains itself: environment.json says what made it, loss.png how it went."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hyperllama import __version__
 from hyperllama.errors import HyperLlamaError
 from hyperllama.files import atomic_file, write_json
 from hyperllama.train.distributed import Processes
@@ -18,19 +21,32 @@ from hyperllama.train.metrics import device_name
 from hyperllama.train.plan import Plan
 
 LOCK = ".lock"
+SHARED_SECONDS = 60.0  # how long a network's file system may take to show another machine's file
 PACKAGES = ("hyperllama", "torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece")
+
+
+def check_alike(plan: Plan, mine: Processes) -> None:
+    """Raise HyperLlamaError in every process when they have other settings, data or code: each would train something else."""
+    text = json.dumps([plan.config.model_dump(mode="json"), plan.ledger.run, __version__])
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    if mine.largest_int(number) + mine.largest_int(-number):
+        raise HyperLlamaError(
+            f"the processes of this run differ in settings, data or version (rank {mine.rank}: {plan.ledger.run}, "
+            f"{__version__}): start all of them with the same recipe, overrides, files and code"
+        )
 
 
 @contextmanager
 def only_run(out: Path, mine: Processes) -> Iterator[None]:
     """Keep other runs out of the folder while this one goes on; the system forgets the lock when the process ends, however it does.
 
-    A file system without locks is used without one. Raises HyperLlamaError when another run is there.
+    A file system without locks is used without one. Raises HyperLlamaError when another run is there, or when the folder is not
+    the same one for all processes.
     """
     taken, file = False, None
     if mine.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("w")
+        file = (out / LOCK).open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -42,10 +58,32 @@ def only_run(out: Path, mine: Processes) -> Iterator[None]:
             raise HyperLlamaError(
                 f"{out}: another process is training in this folder; wait for it, or choose another out"
             )
+        word = mine.largest_int(time.time_ns() if mine.is_main else 0)
+        if file is not None:
+            file.truncate(0)
+            file.write(str(word))
+            file.flush()
+            os.fsync(file.fileno())
+        if blind := mine.largest_int(0 if _comes(out / LOCK, str(word)) else mine.rank):
+            raise HyperLlamaError(
+                f"{out} of rank {blind} is not the folder of rank 0: choose an out on a file system that all machines share"
+            )
         yield
     finally:
         if file is not None:
             file.close()
+
+
+def _comes(file: Path, text: str) -> bool:
+    """Whether `file` holds `text`, now or within SHARED_SECONDS."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while True:
+        with suppress(OSError):
+            if file.read_text() == text:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
 
 
 def write_environment(out: Path, plan: Plan, mine: Processes) -> None:

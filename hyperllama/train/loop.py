@@ -25,7 +25,7 @@ from hyperllama.recipes import read_yaml
 from hyperllama.settings import validated
 from hyperllama.train.attention import attention_backend
 from hyperllama.train.distributed import Processes, deterministic, processes
-from hyperllama.train.folder import only_run, plot_runs, write_environment
+from hyperllama.train.folder import check_alike, only_run, plot_runs, write_environment
 from hyperllama.train.metrics import Events, Metrics, PlainProgress, device_name, peak_flops, speed_text
 from hyperllama.train.plan import PLACING, WATCHING, Plan, make_plan
 from hyperllama.train.state import State
@@ -37,14 +37,16 @@ def train(config: RunConfig, *, quiet: bool = False, label: str | None = None) -
 
     `label` is what the progress bar calls it (default: its name).
 
-    Raises HyperLlamaError before any work for whatever make_plan refuses, or when `out` holds another run; Stopped after a signal;
-    Diverged when too many steps in a row had no finite loss or gradient; Lost when another process is gone.
+    Raises HyperLlamaError before any work for whatever make_plan refuses, when `out` holds another run, or when the processes were
+    started unlike; Stopped after a signal; Diverged when too many steps in a row had no finite loss or gradient; Lost when another
+    process is gone.
     """
     out = Path(config.out)
     with processes(config.device, config.timeout_seconds) as mine, deterministic(config.deterministic):
         if config.cuda_graphs is True and mine.device.type != "cuda":
             raise HyperLlamaError("cuda_graphs: this run has no CUDA device to record on")
         plan = make_plan(config)
+        check_alike(plan, mine)
         check_folder(plan)
         if (out / "run.json").is_file():
             return read_json(out / "run.json")
@@ -93,7 +95,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
 
     def save() -> None:
         state = {**run.to_json(), **{key: metrics.last.get(key) for key in ("loss", "bits_per_byte")}}
-        saver.save(run.step, run.pieces(), run.arena, state, problem=metrics.problem)
+        saver.save(run.step, run.pieces(), run.arena, state, metrics.secure)
 
     def export(path: Path) -> dict[str, Any]:
         card = run.card()
@@ -110,6 +112,7 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
     with (
         _StopRequest() as stop,  # first: an interrupt in the middle of a collection would be lost
         logs,
+        saver,
         no_collections(),
         Loader(
             plan.mixture,
@@ -192,14 +195,14 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
                 tell(run.step, text)
                 gc.collect()
                 if metrics.skipped_in_a_row >= config.max_skipped:
-                    saver.wait()
+                    _saved_by_all(saver, mine)
                     raise Diverged(_diverged(metrics, out, run.step))
             if run.windows in plan.milestones:
                 export(out / "milestones" / str(plan.milestones[run.windows]))
             if stop.agreed(mine) and run.step < plan.steps:
                 flush()
                 save()
-                raise Stopped(stop.signal, _farewell(saver, out, run.step, plan.steps))
+                raise Stopped(stop.signal, _farewell(saver, mine, out, run.step, plan.steps))
             if due and run.step < plan.steps:
                 save()
 
@@ -253,9 +256,17 @@ def _wrong_index(error: WrongIndex, plan: Plan) -> str:
     )
 
 
-def _farewell(saver: Checkpointer, out: Path, step: int, steps: int) -> str:
+def _saved_by_all(saver: Checkpointer, mine: Processes) -> bool:
+    """Wait until every process has its part of the last save on disk, the first the whole; False when one of them failed.
+
+    Who left before would have torchrun end the others in the middle of theirs.
+    """
+    return not mine.largest_int(int(not saver.wait()))
+
+
+def _farewell(saver: Checkpointer, mine: Processes, out: Path, step: int, steps: int) -> str:
     """What a run says that was stopped by a signal, once its save is on disk or has failed."""
-    if saver.wait():
+    if _saved_by_all(saver, mine):
         return f"saved after step {step} of {steps}; the same command goes on from there"
     return f"step {step} of {steps} could not be saved ({saver.failed}); the same command {_next_start(out)}"
 
@@ -310,7 +321,10 @@ def check_folder(plan: Plan) -> None:
 
 
 class _StopRequest:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second one interrupts at once."""
+    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second SIGINT interrupts at once.
+
+    A second SIGTERM does not: where a cluster signals all processes of a job, torchrun passes on to its own what they already have.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -329,9 +343,9 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
     def agreed(self, mine: Processes) -> bool:
         """Whether any process got a signal; then all of them have it."""

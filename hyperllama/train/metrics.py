@@ -4,6 +4,7 @@ metrics.jsonl has one line a step. Every field but those under "time" is a pure 
 """
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -72,7 +73,8 @@ class Metrics:
 
     A step whose loss or gradient norm is not finite was skipped (see `clip_or_skip` in update.py): its line says so, with null for
     both, and `say` names its windows. `skipped_in_a_row` counts such steps up to the last flush. What a full disk refuses is kept
-    and written with a later flush; until then `problem` says what is wrong. `log` is given every line too.
+    and written with a later flush; until then `problem` says what is wrong. `log` is given every line too. A run that goes on
+    keeps the lines up to its `resumed_step`, and says so where some are torn or gone.
     """
 
     def __init__(
@@ -91,11 +93,18 @@ class Metrics:
         self.skipped = self.skipped_in_a_row = 0
         self.recent: deque[float] = deque(maxlen=SPIKE_STEPS)
         self._unwritten = b""
-        lines = path.read_text().splitlines(keepends=True)[:resumed_step] if path.is_file() and resumed_step else []
-        for line in lines:
-            self._count(json.loads(line))
+        kept = []
+        written = path.read_text(errors="replace") if path.is_file() and resumed_step else ""
+        for text in written.splitlines(keepends=True):
+            with suppress(ValueError):  # what a machine that failed has not brought to the disk
+                line = json.loads(text)
+                if line["step"] <= resumed_step:
+                    self._count(line)
+                    kept.append(text)
+        if len(kept) < resumed_step:
+            say("lost_lines", f"{path} has {len(kept)} whole lines of the {resumed_step} steps up to the checkpoint")
         if write:
-            write_text(path, "".join(lines))
+            write_text(path, "".join(kept))
             self.file: FileIO | None = path.open("ab", buffering=0)
         else:
             self.file = None
@@ -175,6 +184,13 @@ class Metrics:
                     "not_written", f"{self.path} can't be written ({error.strerror}): kept in memory for a later try"
                 )
             self.problem = f"{self.path.name}: {error.strerror}"
+
+    def secure(self) -> None:
+        """Have the disk hold the lines that were flushed. Raises OSError when it does not."""
+        if self.problem:
+            raise OSError(self.problem)
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Write what is left and close metrics.jsonl. Raises OSError when the disk is still full."""

@@ -50,11 +50,12 @@ WATCHING = {
     "timeout_seconds",
 }  # settings that look at a run and don't change it
 PLACING = {
+    "out",
     "device",
     "parallel",
     "activation_checkpointing",
     "cuda_graphs",
-}  # ... that say where it is computed: equal, or rounding aside
+}  # ... that say where it lies and is computed: equal, or rounding aside
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -403,7 +404,6 @@ def _run_id(config: RunConfig, mixture: Windows, start_hashes: dict[str, str] | 
     settings = config.model_dump(  # `windows` stands for the budget, the tokens in the mixture for the tokenizer
         exclude={
             "name",
-            "out",
             "checkpoint",
             "export",
             "attention",

@@ -22,14 +22,15 @@ from torch.distributed import PrefixStore, Store
 
 from hyperllama.errors import Lost
 
-Beats = dict[int, dict[str, Any]]  # rank -> {beat, count: operations begun, now: the last of them}
+# rank -> {beat, count: operations begun, now: the last of them, alive: how often a long one was said to go on}
+Beats = dict[int, dict[str, Any]]
 
 
 class Watchdog:
     """Watches the processes of a run as a context manager; `seconds` is the longest that an operation may take.
 
-    It is armed by the first `doing`, and bears with others that beat and have not come to theirs: reading and checking a recipe's
-    inputs takes as long as it takes.
+    It is armed by the first `doing`, and bears with others that beat and have not come to theirs, since reading and checking a
+    recipe's inputs takes as long as it takes; and with those that say that a long operation of theirs goes on.
     """
 
     def __init__(self, store: Store, rank: int, world: int, seconds: float):
@@ -38,7 +39,7 @@ class Watchdog:
         # a connection of its own: a main thread that waits in the store must not silence the beat
         self.store = PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
         self.agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 keeps the store
-        self.count, self.now, self.since = 0, "starting", time.monotonic()
+        self.count, self.now, self.since, self.alives = 0, "starting", time.monotonic(), 0
         self.told: Beats = {}  # what each process last told, as of `heard`
         self.heard = self.since
         self.suspicious, self.ended = False, Event()
@@ -50,8 +51,8 @@ class Watchdog:
         self.count, self.now, self.since = self.count + 1, f"{operation} of step {step}", time.monotonic()
 
     def alive(self) -> None:
-        """Note that a long operation of one process goes on."""
-        self.since = time.monotonic()
+        """Note that a long operation of one process goes on: the others, which may wait for it, hear of it."""
+        self.alives, self.since = self.alives + 1, time.monotonic()
 
     def lost(self, error: Exception) -> Lost:
         """What a failed collective means: who is gone, as far as the beats tell."""
@@ -68,7 +69,8 @@ class Watchdog:
         while not self.ended.wait(self.tick):
             beat += 1
             with suppress(RuntimeError):  # a store whose host is gone stays silent
-                self.store.set(str(self.rank), json.dumps({"beat": beat, "count": self.count, "now": self.now}))
+                told = {"beat": beat, "count": self.count, "now": self.now, "alive": self.alives}
+                self.store.set(str(self.rank), json.dumps(told))
                 for rank in range(self.world if self.suspicious else 1):
                     if self.store.check([str(rank)]):
                         self.told[rank] = json.loads(self.store.get(str(rank)))
@@ -83,14 +85,19 @@ class Watchdog:
                 before = None
             elif before is None:
                 before = dict(self.told)
-            elif age >= self.seconds and any(
-                beat["count"] == 0 and beat["beat"] != before.get(rank, {}).get("beat")
-                for rank, beat in self.told.items()
-            ):
-                self.alive()
+            elif age >= self.seconds and self._others_work(before):
+                self.since = time.monotonic()
             elif age >= self.seconds:
                 print(f"hyperllama: {self._verdict(before)}", file=sys.stderr, flush=True)
                 os._exit(Lost.code)  # the main thread stands in a collective: no exception reaches it
+
+    def _others_work(self, before: Beats) -> bool:
+        """Whether some process has not come to its first operation, or none is silent and some goes on with a long one."""
+        pairs = [(before.get(rank, {}), now) for rank, now in self.told.items() if rank != self.rank]
+        beating = [(was, now) for was, now in pairs if now["beat"] != was.get("beat")]
+        if any(now["count"] == 0 for _, now in beating):
+            return True
+        return len(beating) == self.world - 1 and any(now["alive"] != was.get("alive") for was, now in beating)
 
     def _verdict(self, before: Beats) -> str:
         """Who is to blame, from what all told before and now."""

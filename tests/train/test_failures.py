@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from hyperllama import cli
@@ -20,6 +21,7 @@ from hyperllama.kernels.backend import wrong_index_flag
 from hyperllama.train import update
 from hyperllama.train.loop import train
 from hyperllama.train.update import clip_or_skip
+from hyperllama.train.watchdog import Watchdog
 from tests.study import run_config, settings
 
 ROOT = Path(__file__).parents[2]
@@ -154,14 +156,40 @@ def test_a_run_that_diverges_leaves_with_3(study, tmp_path):
     assert "updates up to step 3 were skipped" in errors.splitlines()[-1]
 
 
-def pair(study: Path, out: Path, **changes) -> list[subprocess.Popen]:
-    """Two processes of one run, without torchrun."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def pair(study: Path, out: Path, **changes) -> list[subprocess.Popen]:
+    """Two processes of one run, without torchrun."""
     file = recipe(study, out, **changes)
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [start("train.py", str(file), "--quiet", RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+
+
+def test_who_says_that_it_works_is_waited_for_and_who_stops_saying_so_is_named(monkeypatch, capfd):
+    codes, told = set(), ""
+    monkeypatch.setattr(os, "_exit", codes.add)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with Watchdog(store, 0, 2, 3.0) as saves, Watchdog(store, 1, 2, 3.0) as waits:
+        saves.doing(1, "saving")
+        waits.doing(1, "saving")
+        waits.doing(2, "forward")
+        for _ in range(70):
+            saves.alive()
+            time.sleep(0.1)
+        assert not codes
+        expected = (
+            "hangs: rank 0 (saving of step 1); rank 1 waited in forward of step 2",
+            "rank 0 itself hangs; rank 0 waited in saving of step 1",
+        )
+        deadline = time.monotonic() + 60
+        while not all(sentence in told for sentence in expected) and time.monotonic() < deadline:
+            told += capfd.readouterr().err
+            time.sleep(0.1)
+    assert codes == {4} and all(sentence in told for sentence in expected)
 
 
 LONG = {"budget": {"windows": 400_000}, "log_every": 1, "timeout_seconds": 5}
@@ -185,20 +213,39 @@ def test_a_stopped_or_dead_process_ends_the_run_by_name_and_in_time(study, tmp_p
             process.communicate()
 
 
-def test_torchrun_restarts_a_killed_process_and_the_run_ends_in_the_same_bits(study, tmp_path):
-    changes = {"checkpoint": {"every_steps": 5}, "budget": {"windows": 240}, "log_every": 1}
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "train.py")
-    process = start(*launch, str(recipe(study, tmp_path / "killed", **changes)))
-    wait_for(tmp_path / "killed" / "metrics.jsonl", 7, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    events = lines(tmp_path / "killed" / "events.jsonl")
+RESTARTED = {
+    "checkpoint": {"every_steps": 5}, "budget": {"windows": 240}, "log_every": 1, "timeout_seconds": 15,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(study, tmp_path_factory):
+    """The run of two processes that restarted ones are compared with."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    for process in pair(study, out, **RESTARTED):
+        assert process.communicate(timeout=300) and process.returncode == 0
+    return out
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun_restarts_a_killed_process_and_the_run_ends_in_the_same_bits(study, undisturbed, tmp_path, machines):
+    """Two processes of one agent; or one each of two agents, of which only the first one's process tells and writes."""
+    file, port = str(recipe(study, tmp_path / "run", **RESTARTED)), free_port()
+    where = [
+        ("--standalone", "--nproc-per-node=2")
+        if machines == 1
+        else ("--nnodes=2", f"--node-rank={rank}", f"--master-port={port}", "--master-addr=127.0.0.1")
+        for rank in range(machines)
+    ]
+    agents = [start("-m", "torch.distributed.run", *place, "--max-restarts=2", "train.py", file) for place in where]
+    wait_for(tmp_path / "run" / "metrics.jsonl", 7, agents[-1])
+    last = agents[-1].pid
+    os.kill(int(Path(f"/proc/{last}/task/{last}/children").read_text().split()[-1]), signal.SIGKILL)
+    told = [agent.communicate(timeout=300) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0] * machines, told
+    assert [output.count("loss:") for output, _ in told] == [1, 0][:machines]
+    events = lines(tmp_path / "run" / "events.jsonl")
     assert [event["event"] for event in events] == ["started", "resumed"] and events[1]["step"] >= 5
-    plain = pair(study, tmp_path / "plain", **changes)
-    for other in plain:
-        assert other.communicate(timeout=300) and other.returncode == 0
     for name in ("model/model.safetensors", "metrics.jsonl"):
-        a, b = (tmp_path / run / name for run in ("killed", "plain"))
+        a, b = (run / name for run in (tmp_path / "run", undisturbed))
         assert a.read_bytes() == b.read_bytes() if name.startswith("model") else lines(a) == lines(b)

@@ -203,11 +203,8 @@ def test_a_run_resumes_across_its_growth_to_the_same_bits(study, grown, tmp_path
         if int(folder.name.split("-")[1]) > last:
             shutil.rmtree(folder)
     config = run_config(study, tmp_path / "again", checkpoint={"every_steps": 1, "keep": 9}, **grow(study))
-    recipe = config.model_copy(update={"out": str(grown)})
-    (tmp_path / "again" / "config.yaml").unlink()  # it names the other folder
-    train(config, quiet=True)
+    train(config, quiet=True)  # in a folder that has been moved
     assert same_bits(grown, tmp_path / "again") and metrics(grown) == metrics(tmp_path / "again")
-    assert recipe.grow == config.grow
 
 
 def test_fresh_moments_and_plain_rates_are_choices(study, grown, tmp_path):

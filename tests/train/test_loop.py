@@ -153,7 +153,9 @@ def metrics_if_whole(out: Path) -> list[str]:
     return [line for line in (out / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def test_ctrl_c_saves_and_leaves_with_130(study, tmp_path):
+@pytest.mark.parametrize("sent, code", [((signal.SIGINT,), 130), ((signal.SIGTERM, signal.SIGTERM), 143)])
+def test_a_signal_saves_and_leaves_with_its_code(study, tmp_path, sent, code):
+    """SIGTERM twice: from a cluster, and from torchrun."""
     out = tmp_path / "stopped"
     recipe = write_recipe(tmp_path / "recipe.yaml", settings(study, out, budget={"windows": 4000}, log_every=1))
     process = cli("train.py", str(recipe), "--quiet")
@@ -161,9 +163,10 @@ def test_ctrl_c_saves_and_leaves_with_130(study, tmp_path):
     while not (out / "metrics.jsonl").is_file() or not metrics_if_whole(out):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    for number in sent:
+        process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on from there" in errors and "Traceback" not in errors
+    assert process.returncode == code and "the same command goes on from there" in errors and "Traceback" not in errors
     state = json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())
     assert state["step"] == len(metrics(out))
 
@@ -178,6 +181,10 @@ def test_a_signal_that_comes_while_processes_ask_each_other_is_kept():
 
     assert not request.agreed(Asking())
     assert request.signal == signal.SIGINT
+    request._note(signal.SIGTERM, None)
+    assert request.signal == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        request._note(signal.SIGINT, None)
 
 
 def test_losses_do_not_depend_on_the_micro_batch(study, undisturbed, tmp_path):

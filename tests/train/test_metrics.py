@@ -64,6 +64,22 @@ def test_spikes_are_measured_in_standard_deviations_of_the_last_steps_also_after
     assert lines(path)[199]["loss_z"] == written[199]["loss_z"]
 
 
+def test_lines_that_a_failed_machine_lost_are_told_and_training_goes_on(tmp_path, say):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, 0, say, write=True)
+    for step in range(1, 6):
+        add(metrics, step, float(step))
+    metrics.flush(1, 1, None)
+    metrics.secure()
+    whole = path.read_bytes().splitlines(keepends=True)
+    for torn, kept in [([*whole[:3], whole[3][:20]], 3), ([*whole[:2], bytes(30), b"\n", *whole[3:]], 3), (whole, 4)]:
+        path.write_bytes(b"".join(torn))
+        resumed = Metrics(path, 4, say, write=True)
+        assert [line["loss"] for line in lines(path)] == [line for line in (1, 2, 3, 4) if line in resumed.recent]
+        assert len(resumed.recent) == kept
+    assert say.screen.file.getvalue().count("has 3 whole lines of the 4 steps") == 2
+
+
 class Full:
     """A file on a disk with `room` bytes left."""
 
@@ -86,6 +102,8 @@ def test_a_full_disk_is_told_once_and_no_line_is_lost_or_torn(tmp_path, say):
     for step in range(1, 6):
         add(metrics, step, float(step))
         metrics.flush(1, 1, None)
+    with pytest.raises(OSError, match=r"metrics.jsonl: No space"):
+        metrics.secure()
     assert "No space left" in metrics.problem and say.screen.file.getvalue().count("kept in memory") == 1
     with pytest.raises(OSError, match="No space"):
         metrics.close()
