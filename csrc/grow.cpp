@@ -6,6 +6,9 @@
 #include <cmath>
 #include <numeric>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace hyperllama {
 namespace {
@@ -91,6 +94,14 @@ void remap(const T* source, Target& out, int64_t width, const int64_t* rows, int
     });
 }
 
+#ifdef __AVX512F__
+inline __m512d widened(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline __m512d widened(const bf16* p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+}
+#endif
+
 // max |sum of the copies in a row - what they are copies of| and the largest magnitude there, in fp64: see kernels/raw.py.
 template <class T>
 void unfold(const T* source, const T* grown, int64_t width, const int64_t* rows, int64_t height, const int64_t* cols, int64_t n,
@@ -101,15 +112,32 @@ void unfold(const T* source, const T* grown, int64_t width, const int64_t* rows,
         double difference = 0, largest = 0;
         for (int64_t i = begin; i < end; i++) {
             const T *from = source + rows[i] * width, *copies = grown + i * n;
-            std::fill(sums.begin(), sums.end(), 0.0);
+            int64_t done = 0;
+#ifdef __AVX512F__  // tiles without sums in memory, the row after the next one asked for; GCC 12 converts a quarter of a register at a time
+            __m512d most = _mm512_setzero_pd(), biggest = most;
+            for (; !cols && done + 8 <= width; done += 8) {
+                if (done % 32 == 0) {
+                    __builtin_prefetch(from + done + 2 * width, 0, 2);
+                    for (int64_t tile = 0; tile < n; tile += width) __builtin_prefetch(copies + tile + done + 2 * n, 0, 2);
+                }
+                const __m512d whole = widened(from + done);
+                __m512d sum = widened(copies + done);
+                for (int64_t tile = width; tile < n; tile += width) sum = _mm512_add_pd(sum, widened(copies + tile + done));
+                most = _mm512_max_pd(_mm512_abs_pd(_mm512_sub_pd(sum, whole)), most);
+                biggest = _mm512_max_pd(_mm512_abs_pd(whole), biggest);
+            }
+            difference = std::max(difference, _mm512_reduce_max_pd(most));
+            largest = std::max(largest, _mm512_reduce_max_pd(biggest));
+#endif
+            std::fill(sums.begin() + done, sums.end(), 0.0);
             if (cols)
                 for (int64_t j = 0; j < n; j++) sums[cols[j]] += double(load(copies + j));
             else
                 for (int64_t tile = 0; tile < n; tile += width)
 #pragma omp simd
-                    for (int64_t j = 0; j < width; j++) sums[j] += double(load(copies + tile + j));
+                    for (int64_t j = done; j < width; j++) sums[j] += double(load(copies + tile + j));
 #pragma omp simd reduction(max : difference, largest)
-            for (int64_t j = 0; j < width; j++) {
+            for (int64_t j = done; j < width; j++) {
                 const double whole = load(from + j), gap = std::fabs(sums[j] - whole), size = std::fabs(whole);
                 difference = gap > difference ? gap : difference;
                 largest = size > largest ? size : largest;
