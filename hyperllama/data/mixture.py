@@ -13,7 +13,7 @@ Hence a longer run extends a shorter one, and resuming needs only i.
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -175,13 +175,15 @@ class Windows(ABC):
             total += self.language_tokens(*self.locate(index)).sum(0)
         return {tag: int(tokens) for tag, tokens in zip(self.languages, total, strict=True) if tokens}
 
-    def token_counts(self, windows: int) -> dict[str, np.ndarray]:
+    def token_counts(self, windows: int, alive: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """How often each token id is a target in the first `windows` windows: language -> (vocab_size,) int64, exact.
 
-        Reads the windows once more, some nanoseconds a token: the counts are no state to keep through checkpoints and processes.
+        Reads the windows once more, some nanoseconds a token, and calls `alive` now and then: the counts are no state to keep
+        through checkpoints and processes.
         """
         total = {tag: np.zeros(self.vocab_size, dtype=np.int64) for tag in self.languages}
         for start in range(0, windows, 1 << 12):
+            alive()
             source, window = self.locate(np.arange(start, min(start + (1 << 12), windows)))
             for s in np.unique(source):
                 shards = self.sources[s].shards

@@ -4,6 +4,7 @@ import gc
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -97,11 +98,18 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
         state = {**run.to_json(), **{key: metrics.last.get(key) for key in ("loss", "bits_per_byte")}}
         saver.save(run.step, run.pieces(), run.arena, state, metrics.secure)
 
+    def told(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors; the others, which wait for the first process to write them, hear that it does."""
+        for named in tensors:
+            mine.alive()
+            yield named
+
     def export(path: Path) -> dict[str, Any]:
         card = run.card()
-        tensors = run.exchange.tensors()
+        tensors = told(run.exchange.tensors())
         if mine.is_main:
-            companions = {TOKEN_COUNTS: token_counts(plan.mixture.token_counts(run.windows), plan.model.vocab_size)}
+            counts = plan.mixture.token_counts(run.windows, mine.alive)
+            companions = {TOKEN_COUNTS: token_counts(counts, plan.model.vocab_size)}
             if config.export.adam_v:
                 companions[ADAM_V] = adam_v(run.arena.logical("v"), run.arena.config, int(run.updates), o.beta2)
             export_model(path, run.arena.config, tensors, card, plan.tokenizer.path, plan.dtype, companions)

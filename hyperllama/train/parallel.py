@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hyperllama.arena import ALIGNMENT, Arena, Role, Unit
-from hyperllama.grow.operators import Operator
+from hyperllama.grow.operators import Operator, TensorMap
 from hyperllama.grow.tensors import Kind, grow_tensor
 from hyperllama.names import logical_tensors
 from hyperllama.train.distributed import Processes
@@ -247,26 +247,37 @@ def whole_norm(norm: Tensor, arena: Arena, mine: Processes) -> Tensor:
 def grow_slices(small: Arena, large: Arena, operator: Operator, mine: Processes) -> None:
     """zero1: grow_arena where every process has a slice of the masters and moments.
 
-    Tensor by tensor: all processes get the small one, grow it, and keep what is in their slice. The small slices lie apart.
+    Tensor by tensor: all processes get the small one, grow it, and keep what is in their slice. The small slices lie apart. Extra
+    memory is one grown tensor and its small one.
     """
     maps = operator.tensors(small.config)
     before = {key: list(parts) for key, parts in groupby(logical_tensors(small.config), lambda tensor: tensor.packed)}
     roles: list[tuple[Role, Kind]] = [("master" if small.rounds else "weights", "weights"), ("m", "m"), ("v", "v")]
     for packed, parts in groupby(logical_tensors(large.config), lambda tensor: tensor.packed):
-        names, lines = [tensor.name for tensor in parts], large.line_range(packed)
-        first, end = lines.start * ALIGNMENT, lines.stop * ALIGNMENT
+        hows = {tensor.name: maps[tensor.name] for tensor in parts}
         for role, kind in roles:
             old = small.packed("weights")[packed] if role == "weights" else _collected(small, role, packed, mine)
             sources = {tensor.name: old[tensor.start : tensor.start + tensor.shape[0]] for tensor in before[packed]}
-            grown = torch.cat([grow_tensor(name, maps[name], sources.__getitem__, kind).flatten() for name in names])
-            if kind == "weights":
-                large.weights[first:end].zero_()
-                large.weights[first : first + len(grown)].copy_(grown)
-            if role != "weights":
-                low, high = max(first, large.span.start), min(first + len(grown), large.span.stop)
-                if low < high:
-                    buffer: Tensor = getattr(large, role)
-                    buffer[low - large.span.start : high - large.span.start].copy_(grown[low - first : high - first])
+            _grow_packed(hows, sources, large, packed, role, kind)
+
+
+def _grow_packed(
+    hows: dict[str, TensorMap], sources: dict[str, Tensor], large: Arena, packed: str, role: Role, kind: Kind
+) -> None:
+    """Grow the tensors of one packed tensor into the weights, and into what this process has of `role`: all are read first."""
+    grown = [grow_tensor(name, how, sources.__getitem__, kind).flatten() for name, how in hows.items()]
+    lines, at, span = large.line_range(packed), large.offsets[packed], large.span
+    if kind == "weights":  # the padding too: a source may have been there
+        large.weights[lines.start * ALIGNMENT : lines.stop * ALIGNMENT].zero_()
+    for part in grown:
+        end = at + len(part)
+        if kind == "weights":
+            large.weights[at:end].copy_(part)
+        low, high = max(at, span.start), min(end, span.stop)
+        if role != "weights" and low < high:
+            buffer: Tensor = getattr(large, role)
+            buffer[low - span.start : high - span.start].copy_(part[low - at : high - at])
+        at = end
 
 
 def _collected(arena: Arena, role: Role, packed: str, mine: Processes) -> Tensor:

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hyperllama import checkpoint
 from hyperllama.checkpoint import export_checkpoint
 from hyperllama.companions import ADAM_V, CompanionFile
 from hyperllama.data.loader import Loader
@@ -358,6 +359,21 @@ def test_an_exported_checkpoint_has_the_bits_of_the_runs_own_export(study, tmp_p
     assert a.metadata == b.metadata and a.metadata["step"] == "6" and a.names == b.names
     a, b = (load_file(folder / ADAM_V) for folder in (ours, exported))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_export_beside_a_run_that_removes_its_checkpoint_takes_the_newest(study, tmp_path, monkeypatch):
+    before, seen = interrupted(study, tmp_path / "run"), []
+    after = before.with_name("step-00000008")
+
+    def verify(folder, real=checkpoint.verify):
+        seen.append(folder)
+        if folder == before:
+            before.rename(after)  # as retention, once there is a newer one
+        return real(folder)
+
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    assert export_checkpoint(tmp_path / "run", tmp_path / "exported")[0] == after and seen == [before, after]
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
