@@ -219,7 +219,8 @@ class Chaos:
     def finish(self, config: RunConfig, world: int = 1) -> None:
         """Run to the end."""
         attempt = Attempt(config, self.log, world)
-        ended = attempt.until(lambda: not attempt.running(), 600)
+        attempt.until(lambda: False, 600)
+        ended = not attempt.running()
         attempt.kill()
         self.expect(ended and set(attempt.codes.values()) == {0}, f"{config.out} ended with {attempt.codes}")
 
