@@ -68,11 +68,6 @@ class Processes:
         borders = [windows * rank // self.world for rank in range(self.world + 1)]
         return [-(-(stop - start) // micro_batch) for start, stop in pairwise(borders)]
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world > 1:
-            dist.barrier()
-
 
 def pick_device(setting: str, local_rank: int = 0) -> torch.device:
     """The device of a `device: auto|cpu|cuda` setting for process `local_rank` of this machine.

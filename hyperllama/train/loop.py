@@ -214,32 +214,32 @@ def _train(plan: Plan, mine: Processes, label: str, attention: dict[str, Any], *
             if due and run.step < plan.steps:
                 save()
 
-    mine.doing(run.step, "writing the model")
-    saver.wait()
-    metrics.close()
-    assert run.ledger.spent == plan.budget, "the ledger must end at the budget"
-    record = {
-        "name": config.name,
-        "card": export(out / "model"),
-        "ledger": run.ledger.to_json(),
-        "loss": metrics.last.get("loss"),
-        "bits_per_byte": metrics.last.get("bits_per_byte"),
-        "plan": plan.describe(),
-        "attention": attention,
-        "cuda_graphs": run.graphs,
-        "seconds": run.seconds,
-        "device": device_name(mine.device),
-        "processes": mine.world,
-        "checkpoints": {"saved": saver.saved, "stalled_seconds": round(saver.stalled, 4)},
-        "skipped_steps": metrics.skipped,
-        "versions": {"hyperllama": __version__, "torch": torch.__version__},
-    }
-    if mine.is_main:
-        write_json(out / "run.json", record)
-        plot_runs({config.name: out}, out / "loss.png")
-    mine.barrier()
-    if stop.signal:
-        raise Stopped(stop.signal, "the run was done when the signal came; its model is written")
+    with stop:  # nothing is saved after the last step: a signal waits for the model
+        mine.doing(run.step, "writing the model")
+        saver.wait()
+        metrics.close()
+        assert run.ledger.spent == plan.budget, "the ledger must end at the budget"
+        record = {
+            "name": config.name,
+            "card": export(out / "model"),
+            "ledger": run.ledger.to_json(),
+            "loss": metrics.last.get("loss"),
+            "bits_per_byte": metrics.last.get("bits_per_byte"),
+            "plan": plan.describe(),
+            "attention": attention,
+            "cuda_graphs": run.graphs,
+            "seconds": run.seconds,
+            "device": device_name(mine.device),
+            "processes": mine.world,
+            "checkpoints": {"saved": saver.saved, "stalled_seconds": round(saver.stalled, 4)},
+            "skipped_steps": metrics.skipped,
+            "versions": {"hyperllama": __version__, "torch": torch.__version__},
+        }
+        if mine.is_main:
+            write_json(out / "run.json", record)
+            plot_runs({config.name: out}, out / "loss.png")
+        if stop.agreed(mine):
+            raise Stopped(stop.signal, "the run was done when the signal came; its model is written")
     return record
 
 

@@ -19,10 +19,10 @@ from hyperllama import checkpoint
 from hyperllama.checkpoint import export_checkpoint
 from hyperllama.companions import ADAM_V, CompanionFile
 from hyperllama.data.loader import Loader
-from hyperllama.errors import HyperLlamaError
+from hyperllama.errors import HyperLlamaError, Stopped
 from hyperllama.flops import window_flops
 from hyperllama.hub import model_config, open_folder
-from hyperllama.train import plan
+from hyperllama.train import loop, plan
 from hyperllama.train.loop import _StopRequest, train
 from hyperllama.train.plan import counted_tokens, make_plan
 from hyperllama.train.schedule import lr_ratio
@@ -170,6 +170,18 @@ def test_a_signal_saves_and_leaves_with_its_code(study, tmp_path, sent, code):
     assert process.returncode == code and "the same command goes on from there" in errors and "Traceback" not in errors
     state = json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())
     assert state["step"] == len(metrics(out))
+
+
+def test_a_signal_waits_for_the_model_that_is_being_written(study, undisturbed, tmp_path, monkeypatch):
+    def write(*arguments, real=loop.export_model, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(loop, "export_model", write)
+    with pytest.raises(Stopped, match="its model is written") as stopped:
+        train(run_config(study, tmp_path / "run"), quiet=True)
+    assert stopped.value.signal == signal.SIGTERM and (tmp_path / "run" / "run.json").is_file()
+    assert same_bits(undisturbed, tmp_path / "run")
 
 
 def test_a_signal_that_comes_while_processes_ask_each_other_is_kept():
