@@ -1,11 +1,11 @@
 // What the merges read, a group of vectors at a time: tensors of any mix of dtypes as fp32, hashed on the way.
 #pragma once
-#include "common.h"
 #include "hash.h"
+#include "vector.h"
 
 #include <cmath>
 #include <vector>
-#if defined(__AVX512F__) || defined(__FMA__)
+#ifdef __FMA__
 #include <immintrin.h>
 #endif
 
@@ -25,64 +25,33 @@ struct Source {
     uint64_t* hash;  // of the tensor, where it is asked for
 };
 
-// Vectors of one register: compilers take wider ones apart element by element.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-
-inline Floats vector(const float* p) {
-    Floats x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-
-inline Floats vector(const bf16* p) {
-    Halves x;
-    std::memcpy(&x, p, sizeof x);
-#ifdef __AVX512F__
-    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);  // GCC 12 widens in four steps
-#else
-    return (Floats)(__builtin_convertvector(x, Bits) << 16);
-#endif
-}
-
-inline Floats vector(const fp16* p) {
+inline Vector vector(const fp16* p) {
     alignas(64) float x[kLanes];
 #pragma omp simd
     for (int l = 0; l < kLanes; l++) x[l] = load(p + l);
     return vector(x);
 }
 
-inline Floats choose(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
-
 // x * weight + total, rounded once.
-inline Floats fused(Floats x, Floats weight, Floats total) {
+inline Vector fused(Vector x, Vector weight, Vector total) {
 #if defined(__AVX512F__)
-    return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)weight, (__m512)total);
+    return (Vector)_mm512_fmadd_ps((__m512)x, (__m512)weight, (__m512)total);
 #elif defined(__FMA__)
-    return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)weight, (__m256)total);
+    return (Vector)_mm256_fmadd_ps((__m256)x, (__m256)weight, (__m256)total);
 #else
     for (int l = 0; l < kLanes; l++) total[l] = std::fma(x[l], weight[l], total[l]);
     return total;
 #endif
 }
 
-inline Ints magnitudes(Floats x) { return (Ints)x & kSign; }
+inline Integers magnitudes(Vector x) { return (Integers)x & kSign; }
 
 // Several vectors: what is asked once per group (dtype, kind of trim) costs little. Its size is the same on every instruction set.
 constexpr int64_t kGroup = 64;
 constexpr int kParts = kGroup / kLanes;
 
 struct Group {
-    Floats part[kParts];
+    Vector part[kParts];
 };
 
 template <class T>
@@ -155,7 +124,7 @@ void each_block(int64_t first, int64_t end, int64_t elements, F f) {
 
 // One thread's way through the inputs, block by block: each group of each input once. Models take turns, which hides from the
 // hardware that each of them goes on, so the same place of the next block is asked for while this one is worked on; into L2, which
-// has room for more lines on their way than L1. Hashing between the groups hides in the time that memory takes.
+// has room for more lines on their way than L1. Asked for in a loop that only hashes they would come too fast for memory.
 class Reader {
 public:
     Reader(const Merge& merge, bool hashed) : merge_(merge), hashed_(hashed), sums_(merge.count + 1), hashes_(merge.count + 1) {}

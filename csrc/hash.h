@@ -1,7 +1,8 @@
 // The 64-bit hash of a tensor's bytes that kernels/hashing.py defines: a sum over blocks, so that they can be hashed in any order,
 // by any number of threads, when a kernel has them in a cache anyway.
 #pragma once
-#include <cstdint>
+#include "counter.h"
+
 #include <cstring>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -10,22 +11,15 @@
 namespace hyperllama {
 
 constexpr int64_t kHashBlock = 2048;  // bytes
-constexpr uint64_t kHashGolden = 0x9E3779B97F4A7C15u;
-alignas(64) constexpr uint64_t kHashKeys[8] = {kHashGolden,     2 * kHashGolden, 3 * kHashGolden, 4 * kHashGolden,
-                                               5 * kHashGolden, 6 * kHashGolden, 7 * kHashGolden, 8 * kHashGolden};  // of line 0
-
-inline uint64_t hash_mix(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
+alignas(64) constexpr uint64_t kHashKeys[8] = {kGolden,     2 * kGolden, 3 * kGolden, 4 * kGolden,
+                                               5 * kGolden, 6 * kGolden, 7 * kGolden, 8 * kGolden};  // of line 0
 
 // The eight sums over the 64-byte lines of a block. In vectors by hand: GCC makes products of 64 bits of those of 32.
 struct HashSums {
     alignas(64) uint64_t sums[8] = {};
 
     void add(const void* line, int64_t number) {
-        const uint64_t step = 8 * kHashGolden * uint64_t(number);
+        const uint64_t step = 8 * kGolden * uint64_t(number);
 #if defined(__AVX512F__)
         const __m512i word = _mm512_loadu_si512(line), key = _mm512_load_si512(kHashKeys);
         const __m512i x = _mm512_xor_si512(word, _mm512_add_epi64(key, _mm512_set1_epi64(int64_t(step))));
@@ -52,8 +46,8 @@ struct HashSums {
 
     // The hash of block number `block`.
     uint64_t hash(int64_t block) const {
-        uint64_t hash = hash_mix(uint64_t(block) + kHashGolden);
-        for (uint64_t sum : sums) hash = hash_mix(hash ^ sum);
+        uint64_t hash = mix(uint64_t(block) + kGolden);
+        for (uint64_t sum : sums) hash = mix(hash ^ sum);
         return hash;
     }
 };

@@ -95,13 +95,13 @@ std::vector<double> ratios(const Merge& merge, const Trim* trims, bool hash_inpu
 #pragma GCC unroll 16
                 for (int c = 0; c < kParts; c++) {
                     d.part[c] -= vector(base + j + kLanes * c);
-                    const Ints size = magnitudes(d.part[c]);
+                    const Integers size = magnitudes(d.part[c]);
                     std::memcpy(before + j + kLanes * c, &size, sizeof size);
                 }
                 trim_group(trim, begin + j, d);
 #pragma GCC unroll 16
                 for (int c = 0; c < kParts; c++) {
-                    const Ints size = magnitudes(d.part[c]);
+                    const Integers size = magnitudes(d.part[c]);
                     std::memcpy(after + j + kLanes * c, &size, sizeof size);
                 }
             }
@@ -132,24 +132,24 @@ struct Combination {
 // total: the sum of the products -> the mean of those that have its sign; NaN stays, which is also what infinities give that do
 // not agree.
 inline void elect(const std::vector<Group>& products, const Combination& how, Group& total) {
-    const Floats zero{}, one = zero + 1;
-    Floats vote[kParts], agreed[kParts]{}, divisor[kParts]{};
+    const Vector zero{}, one = zero + 1;
+    Vector vote[kParts], agreed[kParts]{}, divisor[kParts]{};
 #pragma GCC unroll 16
-    for (int c = 0; c < kParts; c++) vote[c] = choose(total.part[c] >= 0, one, -one);
+    for (int c = 0; c < kParts; c++) vote[c] = select(total.part[c] >= 0, one, -one);
     for (size_t i = 0; i < products.size(); i++) {
-        const Floats weight = zero + how.weights[i];
+        const Vector weight = zero + how.weights[i];
 #pragma GCC unroll 16
         for (int c = 0; c < kParts; c++) {
-            const Ints agrees = products[i].part[c] * vote[c] > 0;
-            agreed[c] += choose(agrees, products[i].part[c], zero);
-            divisor[c] += choose(agrees, weight, zero);
+            const Integers agrees = products[i].part[c] * vote[c] > 0;
+            agreed[c] += select(agrees, products[i].part[c], zero);
+            divisor[c] += select(agrees, weight, zero);
         }
     }
 #pragma GCC unroll 16
     for (int c = 0; c < kParts; c++) {
-        const Ints small = (divisor[c] < 1e-8f) & (divisor[c] > -1e-8f);
-        if (how.normalize) agreed[c] /= choose(small, one, divisor[c]);
-        total.part[c] = choose(total.part[c] == total.part[c], agreed[c], total.part[c]);
+        const Integers small = (divisor[c] < 1e-8f) & (divisor[c] > -1e-8f);
+        if (how.normalize) agreed[c] /= select(small, one, divisor[c]);
+        total.part[c] = select(total.part[c] == total.part[c], agreed[c], total.part[c]);
     }
 }
 
@@ -171,7 +171,7 @@ void combine(const Merge& merge, const Trim* trims, const Combination& how, bool
                     Group product;
                     reader(i, begin + j, n - j, product);
                     if (linear) {
-                        const Floats weight = Floats{} + trims[i].scale;
+                        const Vector weight = Vector{} + trims[i].scale;
 #pragma GCC unroll 16
                         for (int c = 0; c < kParts; c++) total.part[c] = fused(product.part[c], weight, total.part[c]);
                         continue;
@@ -186,7 +186,7 @@ void combine(const Merge& merge, const Trim* trims, const Combination& how, bool
                 if (how.elect) elect(products, how, total);
 #pragma GCC unroll 16
                 for (int c = 0; c < kParts; c++) {
-                    Floats value = total.part[c];
+                    Vector value = total.part[c];
                     if (!how.elect && how.divisor != 1) value /= how.divisor;
                     if (merge.base.data) value = value * how.lam + base.part[c];
                     std::memcpy(merged + j + kLanes * c, &value, sizeof value);
@@ -204,9 +204,9 @@ void add_products(const float* d, double* sums) {
     constexpr int kPairs = count * (count + 1) / 2;
     alignas(64) float chains[kPairs][kGroup];
     for (int64_t c = 0; c < kGroup; c += kLanes) {
-        Floats chain[kPairs]{};
+        Vector chain[kPairs]{};
         for (int64_t j = c; j < kBlock; j += kGroup) {
-            Floats x[count];
+            Vector x[count];
 #pragma GCC unroll 8
             for (int i = 0, pair = 0; i < count; i++) {
                 x[i] = vector(d + i * kBlock + j);
@@ -214,7 +214,7 @@ void add_products(const float* d, double* sums) {
                 for (int o = 0; o <= i; o++, pair++) chain[pair] += x[i] * x[o];
             }
         }
-        for (int pair = 0; pair < kPairs; pair++) std::memcpy(chains[pair] + c, &chain[pair], sizeof(Floats));
+        for (int pair = 0; pair < kPairs; pair++) std::memcpy(chains[pair] + c, &chain[pair], sizeof(Vector));
     }
     for (int i = 0, pair = 0; i < count; i++)
         for (int o = 0; o <= i; o++, pair++) sums[i * count + o] += wide_sum(chains[pair], kGroup);

@@ -49,7 +49,7 @@ struct Counts {  // of the keys above, at and inside a bracket
     int32_t above, high, inside, low;
 };
 
-inline int32_t sum(Ints x) {
+inline int32_t sum(Integers x) {
     int32_t total = 0;
     for (int l = 0; l < kLanes; l++) total += x[l];
     return total;
@@ -59,17 +59,17 @@ inline int32_t sum(Ints x) {
 // writes up to 16 places beyond. Without an `end` it only counts.
 template <bool ends, class T>
 Counts tally(const T* x, const float* base, int64_t n, Bracket bracket, int32_t*& end) {
-    Ints above{}, from_high{}, above_low{}, from_low{};
+    Integers above{}, from_high{}, above_low{}, from_low{};
     alignas(64) int32_t keys[kBlock];
     int64_t j = 0, done = 0;
     for (; j + kLanes <= n; j += kLanes) {
         __builtin_prefetch(x + j + kBlock);  // models take turns, which hides their next blocks from the hardware
-        const Ints key = magnitudes(vector(x + j) - vector(base + j));
+        const Integers key = magnitudes(vector(x + j) - vector(base + j));
 #ifdef __AVX512F__
         const __m512i k = (__m512i)key, low = _mm512_set1_epi32(bracket.low), high = _mm512_set1_epi32(bracket.high);
         const __mmask16 from = _mm512_cmpge_epi32_mask(k, high), to = _mm512_cmpgt_epi32_mask(k, low), inside = to & ~from;
-        const auto count = [one = _mm512_set1_epi32(1)](Ints& counts, __mmask16 which) {
-            counts = (Ints)_mm512_mask_add_epi32((__m512i)counts, which, (__m512i)counts, one);
+        const auto count = [one = _mm512_set1_epi32(1)](Integers& counts, __mmask16 which) {
+            counts = (Integers)_mm512_mask_add_epi32((__m512i)counts, which, (__m512i)counts, one);
         };
         count(from_high, from);
         count(above_low, to);
