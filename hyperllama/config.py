@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hyperllama.errors import HyperLlamaError
+from hyperllama.kernels.raw import MIN_NOISE_DB
 from hyperllama.recipes import override, read_yaml
 from hyperllama.settings import VOCAB_MULTIPLE, ModelConfig, Settings, validated
 
@@ -206,7 +207,7 @@ class GrowSettings(Settings):
     factor: int = Field(2, ge=2, description="hidden size and heads times this")
     ffn_factor: int | None = Field(None, gt=0, description="FFN width times this; default: factor")
     noise_db: float | None = Field(
-        4.78,  # the loudest that keeps sums exact: NOTES.md, bench/growth_noise.py
+        MIN_NOISE_DB,  # why: NOTES.md, bench/growth_noise.py
         description="+- noise between pairs of copies, which keeps the function; null: the paper's plain clone",
     )
     optimizer: Literal["carry", "fresh"] = Field(

@@ -9,6 +9,7 @@ from hyperllama.config import ModelSettings, OptimizerSettings, ScheduleSettings
 from hyperllama.errors import HyperLlamaError, nearest
 from hyperllama.experiment.merges import NAMES, reads_text
 from hyperllama.flops import growth_quantum
+from hyperllama.kernels.raw import MIN_NOISE_DB
 from hyperllama.recipes import override, read_yaml
 from hyperllama.settings import ModelConfig, Settings, validated
 
@@ -65,7 +66,7 @@ class ExperimentConfig(Settings):
         description="small models, their clones, models grown in training, none grown",
     )
     factor: int = Field(2, ge=2)
-    noise_db: float | None = Field(10.0, description="growth noise; null: none, and a clone stays symmetric")
+    noise_db: float | None = Field(MIN_NOISE_DB, description="growth noise; null: none, and a clone stays symmetric")
     merge_methods: list[str] = Field(["linear", "task_arithmetic", "ties"], min_length=1)
     density: float = Field(0.5, gt=0, le=1, description="of ties and dare_ties")
     learn: LearnSettings = LearnSettings()

@@ -213,7 +213,7 @@ def run(
     prepared = found.learned if found else _prepared(plan)
     hashes: Hashes = {}
     done = 0
-    keep_freed_blocks()  # what is found out about a tensor before it is merged has the same size for the next one
+    keep_freed_blocks()  # the next tensor's masks and keys take as much: from here on, in this process
     with streamed_folder(out, tensors, _job(plan), overwrite=overwrite, sync=sync) as writer:
         resumed = len(writer.done)
         there = (
